@@ -1,0 +1,1 @@
+//! Benchmarks of the hot paths, each beside the thing it is compared with.

@@ -1,0 +1,9 @@
+//! The native side of Driftlock.
+pub mod abi;
+pub mod demo;
+pub mod eval;
+pub mod explain;
+pub mod gateway;
+pub mod replay;
+pub mod synth;
+pub mod train;

@@ -1,0 +1,2 @@
+//! The `driftlock` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Integration fixtures: the only crate that may import everything.
