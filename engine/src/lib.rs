@@ -1,1 +1,33 @@
-//! stub
+//! Driftlock's engine: bytes to code lengths under a frozen baseline, scores, valid p-values, evidence.
+//!
+//! The engine is given the content units of a message (a prompt, a completion, a path and query) and
+//! says how unlike the baseline's normal traffic the message is, and where. It is `no_std` + `alloc`,
+//! reads no clock and does no I/O; everything that decides is integer arithmetic, so the same bytes
+//! under the same baseline give the same verdict on every target.
+//!
+//! The way through, each module on top of the one before:
+//! [`coder`] (bytes to code lengths) → [`score`] (code lengths to nonconformity scores and spans) →
+//! [`calibrate`] (scores to conformal p-values) → [`baseline`] (train, freeze, encode, digest) →
+//! [`detector`] (learn / score state machine per stream) → [`evidence`] (the verdict).
+//!
+//! Left out on purpose: HTTP, JSON parsing, time, threads, logging. Those belong to the callers.
+#![no_std]
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod baseline;
+pub mod calibrate;
+pub mod coder;
+pub mod detector;
+pub mod evidence;
+pub mod score;
+
+/// The version every verdict carries; a change that can change a verdict raises it.
+pub const ENGINE_VERSION: &str = env!("CARGO_PKG_VERSION");
