@@ -24,8 +24,8 @@ use alloc::vec::Vec;
 /// Fixed-point scale of code lengths: this many units are one bit.
 pub const UNITS_PER_BIT: u32 = 256;
 
-/// No byte costs more than this (24 bits): beyond it, more escapes say nothing new.
-pub const MAX_COST: u16 = 24 * UNITS_PER_BIT as u16;
+/// No byte costs more than this (64 bits): beyond it, more escapes say nothing new.
+pub const MAX_COST: u16 = 64 * UNITS_PER_BIT as u16;
 
 /// Longest context, in bytes. Six and its predicted byte still fit a packed key.
 pub const MAX_ORDER: u8 = 6;
@@ -57,7 +57,7 @@ fn mix(key: u64) -> u64 {
 }
 
 /// log2(x) in 1/4096, by repeated squaring; integers only, so every target agrees. `x` >= 1.
-fn log2_fixed(x: u64) -> u32 {
+pub(crate) fn log2_fixed(x: u64) -> u32 {
     let x = x.max(1);
     let exponent = 63 - x.leading_zeros();
     // Mantissa in [1, 2) with 31 fractional bits.
