@@ -213,9 +213,8 @@ fn entries_of(ngrams: &[(u64, u32)], minimum: u32) -> Vec<KeptNgram> {
         }
     }
     contexts.sort_unstable();
-    let find = |key: u64| {
-        contexts.binary_search_by_key(&key, |c| c.0).ok().and_then(|i| contexts.get(i)).copied()
-    };
+    let find =
+        |key: u64| contexts.binary_search_by_key(&key, |c| c.0).ok().and_then(|i| contexts.get(i)).copied();
     let mut entries = Vec::with_capacity(ngrams.len());
     for &(key, count) in ngrams {
         let cost = match find(context_of(key)) {
@@ -231,10 +230,10 @@ fn entries_of(ngrams: &[(u64, u32)], minimum: u32) -> Vec<KeptNgram> {
     }
     // The start of a unit is a context that no byte ends in.
     let start = pack(0, 1);
-    if entries.binary_search_by_key(&start, |e| e.0).is_err() {
-        if let Some((_, total, distinct)) = find(start) {
-            entries.push((start, NO_COST, cost_of_ratio(distinct, 2 * total)));
-        }
+    if entries.binary_search_by_key(&start, |e| e.0).is_err()
+        && let Some((_, total, distinct)) = find(start)
+    {
+        entries.push((start, NO_COST, cost_of_ratio(distinct, 2 * total)));
     }
     entries
 }
@@ -371,12 +370,12 @@ impl ContextModel {
         let mut context = u32::from(state.known.min(self.order));
         let mut bits = 0u32;
         loop {
-            if let Some(entry) = self.find(pack(state.history, context + 1)) {
-                if entry.cost != NO_COST {
-                    // n-grams are suffix-closed: a longer context than this one is not known.
-                    state.known = (context + 1) as u8;
-                    return (bits + u32::from(entry.cost)).min(u32::from(MAX_COST)) as u16;
-                }
+            if let Some(entry) = self.find(pack(state.history, context + 1))
+                && entry.cost != NO_COST
+            {
+                // n-grams are suffix-closed: a longer context than this one is not known.
+                state.known = (context + 1) as u8;
+                return (bits + u32::from(entry.cost)).min(u32::from(MAX_COST)) as u16;
             }
             if context == 0 {
                 // The start of a unit is the one context that need not have been an n-gram.
@@ -384,10 +383,10 @@ impl ContextModel {
                 bits += u32::from(self.escape_all) + UNIFORM_COST;
                 return bits.min(u32::from(MAX_COST)) as u16;
             }
-            if let Some(entry) = self.find(pack(before, context)) {
-                if entry.escape != NO_ESCAPE {
-                    bits += u32::from(entry.escape);
-                }
+            if let Some(entry) = self.find(pack(before, context))
+                && entry.escape != NO_ESCAPE
+            {
+                bits += u32::from(entry.escape);
             }
             context -= 1;
         }
@@ -489,7 +488,8 @@ mod tests {
                 let text: Vec<u8> = core::iter::once(0).chain(unit.iter().copied()).collect();
                 for i in 1..text.len() {
                     for o in 0..=order.min(i) {
-                        *contexts.entry(text[i - o..i].to_vec()).or_default().entry(text[i]).or_default() += 1;
+                        *contexts.entry(text[i - o..i].to_vec()).or_default().entry(text[i]).or_default() +=
+                            1;
                     }
                 }
             }
@@ -527,7 +527,10 @@ mod tests {
 
     fn units() -> impl Strategy<Value = Vec<Vec<u8>>> {
         // A small alphabet makes contexts repeat; zero is in it because units start with one.
-        prop::collection::vec(prop::collection::vec(prop::sample::select(b"\0abc{\xff".to_vec()), 0..60), 0..12)
+        prop::collection::vec(
+            prop::collection::vec(prop::sample::select(b"\0abc{\xff".to_vec()), 0..60),
+            0..12,
+        )
     }
 
     proptest! {

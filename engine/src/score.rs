@@ -31,13 +31,13 @@ pub const EXCESS_MARGIN: u32 = 4 * UNITS_PER_BIT;
 
 /// 2^(i/32) in 1/65536.
 const POWERS: [u32; 32] = [
-    65536, 66971, 68438, 69936, 71468, 73032, 74632, 76266,
-    77936, 79642, 81386, 83169, 84990, 86851, 88752, 90696,
-    92682, 94711, 96785, 98905, 101070, 103283, 105545, 107856,
-    110218, 112631, 115098, 117618, 120194, 122825, 125515, 128263,
+    65536, 66971, 68438, 69936, 71468, 73032, 74632, 76266, 77936, 79642, 81386, 83169, 84990, 86851, 88752,
+    90696, 92682, 94711, 96785, 98905, 101070, 103283, 105545, 107856, 110218, 112631, 115098, 117618,
+    120194, 122825, 125515, 128263,
 ];
 
 /// 2^(c/4) in 1/256, by cost c in 1/8 bit.
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
 const PEAK_WEIGHTS: [u32; PEAK_STEPS] = {
     let mut weights = [0; PEAK_STEPS];
     let mut k = 0;
@@ -113,8 +113,8 @@ impl UnitScores {
 
     /// (T - mu L) / sqrt(L) with `expected` = mu in 1/65536 bit; the result is in 1/256 bit.
     pub fn standardised(&self, expected: u64) -> i64 {
-        let excess = i128::from(self.cost) * i128::from(UNITS_PER_BIT)
-            - i128::from(expected) * i128::from(self.bytes);
+        let excess =
+            i128::from(self.cost) * i128::from(UNITS_PER_BIT) - i128::from(expected) * i128::from(self.bytes);
         let root = (u128::from(self.bytes) << 16).isqrt().max(1) as i128;
         (excess / root).clamp(i128::from(i64::MIN), i128::from(i64::MAX)) as i64
     }
@@ -165,7 +165,8 @@ impl UnitScorer {
         if self.height == 0 {
             if cost as u32 > self.reference {
                 self.keep_current();
-                self.current = ExcessSpan { start: self.bytes, body_start: body_offset, ..Default::default() };
+                self.current =
+                    ExcessSpan { start: self.bytes, body_start: body_offset, ..Default::default() };
                 self.running_cost = 0;
                 self.rise(wide, body_offset);
             }
@@ -198,12 +199,7 @@ impl UnitScorer {
     /// The scores of what has been pushed.
     pub fn finish(mut self) -> UnitScores {
         self.keep_current();
-        UnitScores {
-            bytes: self.bytes,
-            cost: self.cost,
-            peak_sum: self.peak_sum,
-            spans: self.spans,
-        }
+        UnitScores { bytes: self.bytes, cost: self.cost, peak_sum: self.peak_sum, spans: self.spans }
     }
 }
 
