@@ -1,0 +1,1 @@
+//! Guests in WAT against the whole host.
