@@ -1,0 +1,55 @@
+//! What can keep a gateway from starting or stopping, each with what to do next.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Why the gateway did not start or did not stop as asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GatewayError {
+    /// The upstream is not a URI this gateway can speak to.
+    #[error("upstream {uri:?} is not usable: {reason}. Give an http:// URI without a path, such as http://127.0.0.1:8000")]
+    Upstream {
+        /// The URI as given.
+        uri: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// An address could not be bound.
+    #[error("cannot listen on {address} ({role}): {source}. Choose another address, or port 0 for any free one")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// "traffic" or "admin".
+        role: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A file could not be read or written.
+    #[error("cannot {action} {path}: {source}. Check the path and its permissions")]
+    File {
+        /// "read the filter", "open the access log", …
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The filter did not load or start.
+    #[error("the filter does not start: {0}")]
+    Filter(String),
+    /// A setting is outside its range.
+    #[error("{setting} is {value}: {hint}")]
+    Setting {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What it has to be.
+        hint: &'static str,
+    },
+    /// The async runtime or the signal handlers could not be set up.
+    #[error("cannot set up the runtime: {0}. Check the process's limits (ulimit -n, ulimit -u)")]
+    Runtime(#[source] io::Error),
+}

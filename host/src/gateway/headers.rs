@@ -1,0 +1,291 @@
+//! Header fields between hyper's map and the filter's ordered pairs.
+//!
+//! Hop-by-hop fields (RFC 9110 section 7.6.1) are taken out on the way in, before the filter sees
+//! them, and again on the way out, so that neither a peer nor a filter can put framing on the other
+//! connection. Costs two small allocations per field.
+//!
+//! `http::HeaderMap` keeps the order of fields of one name, and the order in which names first
+//! appear; fields of one name that were scattered come out side by side, which RFC 9110 section 5.3
+//! allows.
+
+use http::header::{
+    self, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING,
+};
+use http::uri::PathAndQuery;
+use http::{Method, StatusCode, Uri, request, response};
+
+use super::filter::HeaderPairs;
+
+/// Fields that belong to one connection. `te` and `trailer` are handled apart: the gateway passes
+/// trailers on, so it says so itself.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TE,
+    TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// Why pairs from the filter do not make a message.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub(super) enum HeaderError {
+    /// A pseudo-header is missing or has an impossible value.
+    #[error("the filter left {0} missing or malformed")]
+    Pseudo(&'static str),
+    /// A name or a value has bytes that HTTP does not allow.
+    #[error("the filter set a header that HTTP does not allow: {0:?}")]
+    Field(String),
+}
+
+/// Removes the fields that belong to the connection the message came on.
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|token| HeaderName::try_from(token.trim()).ok())
+        .collect();
+    // A message with both had its content-length overridden (RFC 9112 section 6.3); passing the
+    // number on would let the next hop disagree about where the message ends.
+    if headers.contains_key(TRANSFER_ENCODING) {
+        headers.remove(CONTENT_LENGTH);
+    }
+    let doomed = |name: &HeaderName| HOP_BY_HOP.contains(name) || named.contains(name);
+    if !headers.keys().any(doomed) {
+        return;
+    }
+    // HeaderMap::remove moves the last field into the gap; a new map keeps the order.
+    let mut kept = HeaderMap::with_capacity(headers.len());
+    for (name, value) in headers.iter() {
+        if !doomed(name) {
+            kept.append(name.clone(), value.clone());
+        }
+    }
+    *headers = kept;
+}
+
+fn accepts_trailers(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(TE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
+}
+
+fn push_fields(pairs: &mut HeaderPairs, headers: &HeaderMap) {
+    pairs.extend(headers.iter().map(|(name, value)| (name.as_str().as_bytes().to_vec(), value.as_bytes().to_vec())));
+}
+
+/// The request as the filter sees it. `None`: no authority is known (HTTP/1.1 requires Host).
+pub(super) fn request_pairs(head: &mut request::Parts) -> Option<HeaderPairs> {
+    let trailers = accepts_trailers(&head.headers);
+    // In absolute form the URI's authority wins over Host (RFC 9112 section 3.2.2).
+    let authority = match head.uri.authority() {
+        Some(authority) => authority.as_str().as_bytes().to_vec(),
+        None => head.headers.get(HOST)?.as_bytes().to_vec(),
+    };
+    strip_hop_by_hop(&mut head.headers);
+    let path = head.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    let mut pairs: HeaderPairs = Vec::with_capacity(head.headers.len() + 4);
+    pairs.push((b":authority".to_vec(), authority));
+    pairs.push((b":path".to_vec(), path.as_bytes().to_vec()));
+    pairs.push((b":method".to_vec(), head.method.as_str().as_bytes().to_vec()));
+    pairs.push((b":scheme".to_vec(), b"http".to_vec()));
+    // hyper answers `expect: 100-continue` itself when the body is first read.
+    pairs.extend(
+        head.headers
+            .iter()
+            .filter(|(name, _)| *name != HOST && *name != EXPECT)
+            .map(|(name, value)| (name.as_str().as_bytes().to_vec(), value.as_bytes().to_vec())),
+    );
+    if trailers {
+        pairs.push((b"te".to_vec(), b"trailers".to_vec()));
+    }
+    Some(pairs)
+}
+
+/// The response as the filter sees it.
+pub(super) fn response_pairs(head: &mut response::Parts) -> HeaderPairs {
+    strip_hop_by_hop(&mut head.headers);
+    let mut pairs: HeaderPairs = Vec::with_capacity(head.headers.len() + 1);
+    pairs.push((b":status".to_vec(), head.status.as_str().as_bytes().to_vec()));
+    push_fields(&mut pairs, &head.headers);
+    pairs
+}
+
+/// Trailers as the filter sees them.
+pub(super) fn trailer_pairs(trailers: &HeaderMap) -> HeaderPairs {
+    let mut pairs = Vec::with_capacity(trailers.len());
+    push_fields(&mut pairs, trailers);
+    pairs
+}
+
+/// The last value of a pseudo-header.
+pub(super) fn pseudo<'p>(pairs: &'p HeaderPairs, name: &str) -> Option<&'p [u8]> {
+    pairs.iter().rev().find(|(key, _)| key == name.as_bytes()).map(|(_, value)| value.as_slice())
+}
+
+/// The fields among `pairs`, without pseudo-headers.
+pub(super) fn fields(pairs: &HeaderPairs) -> Result<HeaderMap, HeaderError> {
+    let mut headers = HeaderMap::with_capacity(pairs.len());
+    for (name, value) in pairs {
+        if name.first() == Some(&b':') {
+            continue;
+        }
+        let refused = || HeaderError::Field(String::from_utf8_lossy(name).into_owned());
+        let name = HeaderName::from_bytes(name).map_err(|_| refused())?;
+        let value = HeaderValue::from_bytes(value).map_err(|_| refused())?;
+        if !HOP_BY_HOP.contains(&name) {
+            headers.append(name, value);
+        }
+    }
+    Ok(headers)
+}
+
+/// The request to send to `upstream`, without its body.
+pub(super) fn request_head(pairs: &HeaderPairs, upstream: &Uri) -> Result<http::Request<()>, HeaderError> {
+    let method = pseudo(pairs, ":method")
+        .and_then(|method| Method::from_bytes(method).ok())
+        .ok_or(HeaderError::Pseudo(":method"))?;
+    let path = pseudo(pairs, ":path")
+        .and_then(|path| PathAndQuery::try_from(path).ok())
+        .ok_or(HeaderError::Pseudo(":path"))?;
+    let authority = pseudo(pairs, ":authority")
+        .and_then(|authority| HeaderValue::from_bytes(authority).ok())
+        .ok_or(HeaderError::Pseudo(":authority"))?;
+    let mut uri = upstream.clone().into_parts();
+    uri.path_and_query = Some(path);
+    let mut request = http::Request::new(());
+    *request.method_mut() = method;
+    *request.uri_mut() = Uri::from_parts(uri).map_err(|_| HeaderError::Pseudo(":path"))?;
+    let mut headers = HeaderMap::with_capacity(pairs.len());
+    headers.insert(HOST, authority);
+    let rest = fields(pairs)?;
+    for (name, value) in rest.iter() {
+        headers.append(name.clone(), value.clone());
+    }
+    if pairs.iter().any(|(name, value)| name == b"te" && value == b"trailers") {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+        // RFC 9110 section 10.1.4: whoever sends TE names it in Connection.
+        headers.insert(CONNECTION, HeaderValue::from_static("te"));
+    }
+    *request.headers_mut() = headers;
+    Ok(request)
+}
+
+/// The response to send to the client, without its body.
+pub(super) fn response_head(pairs: &HeaderPairs) -> Result<http::Response<()>, HeaderError> {
+    let status = pseudo(pairs, ":status")
+        .and_then(|status| StatusCode::from_bytes(status).ok())
+        .filter(|status| !status.is_informational())
+        .ok_or(HeaderError::Pseudo(":status"))?;
+    let mut response = http::Response::new(());
+    *response.status_mut() = status;
+    *response.headers_mut() = fields(pairs)?;
+    Ok(response)
+}
+
+/// The value of `content-length`, if the message declares one.
+pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(fields: &[(&str, &str)]) -> request::Parts {
+        let mut builder = http::Request::builder().method("POST").uri("/v1?x=1");
+        for (name, value) in fields {
+            builder = builder.header(*name, *value);
+        }
+        builder.body(()).expect("valid request").into_parts().0
+    }
+
+    fn text(pairs: &HeaderPairs) -> Vec<String> {
+        pairs
+            .iter()
+            .map(|(name, value)| format!("{}={}", String::from_utf8_lossy(name), String::from_utf8_lossy(value)))
+            .collect()
+    }
+
+    #[test]
+    fn connection_fields_and_those_it_names_stay_behind() {
+        let mut head = request(&[
+            ("host", "a.example"),
+            ("x-first", "1"),
+            ("connection", "keep-alive, X-Secret-Hop"),
+            ("x-secret-hop", "gone"),
+            ("te", "trailers"),
+            ("upgrade", "h2c"),
+            ("keep-alive", "timeout=5"),
+            ("x-many", "1"),
+            ("x-many", "2"),
+            ("trailer", "x-sum"),
+        ]);
+        assert_eq!(
+            text(&request_pairs(&mut head).expect("host is known")),
+            [
+                ":authority=a.example",
+                ":path=/v1?x=1",
+                ":method=POST",
+                ":scheme=http",
+                "x-first=1",
+                "x-many=1",
+                "x-many=2",
+                "trailer=x-sum",
+                "te=trailers"
+            ]
+        );
+    }
+
+    #[test]
+    fn chunked_coding_overrides_a_content_length() {
+        let mut head = request(&[("host", "a"), ("content-length", "5"), ("transfer-encoding", "chunked")]);
+        let pairs = request_pairs(&mut head).expect("host is known");
+        assert!(!text(&pairs).iter().any(|pair| pair.starts_with("content-length")), "{pairs:?}");
+    }
+
+    #[test]
+    fn absolute_form_wins_over_host() {
+        let mut head = request(&[("host", "liar.example")]);
+        head.uri = Uri::from_static("http://real.example/p");
+        let pairs = request_pairs(&mut head).expect("authority is known");
+        assert_eq!(pseudo(&pairs, ":authority"), Some(b"real.example".as_slice()));
+        assert_eq!(pseudo(&pairs, ":path"), Some(b"/p".as_slice()));
+    }
+
+    #[test]
+    fn what_the_filter_cannot_send_is_refused_by_name() {
+        let upstream = Uri::from_static("http://127.0.0.1:1");
+        let mut pairs: HeaderPairs = [(":method", "GET"), (":path", "/"), (":authority", "a")]
+            .iter()
+            .map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec()))
+            .collect();
+        assert!(request_head(&pairs, &upstream).is_ok());
+        pairs.push((b"x-split".to_vec(), b"a\r\nb: c".to_vec()));
+        assert_eq!(
+            request_head(&pairs, &upstream).map(|_| ()),
+            Err(HeaderError::Field("x-split".to_owned()))
+        );
+        pairs.pop();
+        pairs[1].1 = b"/has space".to_vec();
+        assert_eq!(request_head(&pairs, &upstream).map(|_| ()), Err(HeaderError::Pseudo(":path")));
+    }
+
+    #[test]
+    fn a_filter_cannot_set_framing() {
+        let pairs: HeaderPairs = vec![
+            (b":status".to_vec(), b"200".to_vec()),
+            (b"transfer-encoding".to_vec(), b"chunked".to_vec()),
+            (b"connection".to_vec(), b"close".to_vec()),
+            (b"x-kept".to_vec(), b"\xff\xfe".to_vec()),
+        ];
+        let response = response_head(&pairs).expect("a response");
+        assert_eq!(response.headers().len(), 1);
+        assert_eq!(response.headers()["x-kept"].as_bytes(), b"\xff\xfe");
+    }
+}

@@ -1,0 +1,265 @@
+//! What a gateway can be told, from a program ([`GatewayOptions`]) or the command line ([`Args`]).
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use http::Uri;
+
+use super::access_log::AccessLogTarget;
+use super::error::GatewayError;
+use super::filter::FilterFactory;
+
+/// What becomes of an exchange whose filter is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum FailurePolicy {
+    /// It is refused with 503, or aborted if the response has begun.
+    #[default]
+    #[value(name = "fail_closed", alias = "fail-closed")]
+    FailClosed,
+    /// It goes on without the filter.
+    #[value(name = "fail_open", alias = "fail-open")]
+    FailOpen,
+}
+
+/// The filter to run.
+#[derive(Clone)]
+pub enum FilterSource {
+    /// None: a plain reverse proxy.
+    None,
+    /// A proxy-wasm module in a file.
+    WasmFile(PathBuf),
+    /// A proxy-wasm module in memory.
+    WasmBytes(Vec<u8>),
+    /// A filter in Rust.
+    Native(Arc<dyn FilterFactory>),
+}
+
+impl std::fmt::Debug for FilterSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("None"),
+            Self::WasmFile(path) => f.debug_tuple("WasmFile").field(path).finish(),
+            Self::WasmBytes(bytes) => write!(f, "WasmBytes({} bytes)", bytes.len()),
+            Self::Native(_) => f.write_str("Native"),
+        }
+    }
+}
+
+/// Everything a gateway needs to start.
+#[derive(Debug, Clone)]
+pub struct GatewayOptions {
+    /// Where clients connect. Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// `http://host:port`, without a path.
+    pub upstream: Uri,
+    /// The filter.
+    pub filter: FilterSource,
+    /// Handed to the filter as its plugin configuration.
+    pub plugin_configuration: Vec<u8>,
+    /// Handed to the filter as its root id (Istio's pluginName).
+    pub root_id: String,
+    /// Filter VMs; each serves one call at a time.
+    pub workers: usize,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
+    pub admin: Option<SocketAddr>,
+    /// Where the access log goes.
+    pub access_log: AccessLogTarget,
+    /// Longest wait for a connection, for response headers after the last request byte, for the next
+    /// byte of a response, and for a filter to let go of a message it holds.
+    pub upstream_timeout: Duration,
+    /// Longest wait for a client's request headers and for the next byte of its body.
+    pub client_timeout: Duration,
+    /// How long [`super::Gateway::shutdown`] waits for exchanges to end.
+    pub drain_timeout: Duration,
+    /// What becomes of an exchange whose filter is broken.
+    pub failure_policy: FailurePolicy,
+    /// Most bytes of one message the filter may hold; above it 413 (request) or 500 (response).
+    pub max_buffer_bytes: usize,
+    /// Whether body callbacks run while the filter holds the headers (Envoy's
+    /// `allow_on_headers_stop_iteration`).
+    pub allow_on_headers_stop_iteration: bool,
+}
+
+impl GatewayOptions {
+    /// A gateway on a free loopback port in front of `upstream`, with defaults for the rest.
+    pub fn new(upstream: Uri, filter: FilterSource) -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            upstream,
+            filter,
+            plugin_configuration: Vec::new(),
+            root_id: "driftlock".to_owned(),
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            admin: None,
+            access_log: AccessLogTarget::None,
+            upstream_timeout: Duration::from_secs(60),
+            client_timeout: Duration::from_secs(60),
+            drain_timeout: Duration::from_secs(30),
+            failure_policy: FailurePolicy::default(),
+            max_buffer_bytes: 4 << 20,
+            allow_on_headers_stop_iteration: false,
+        }
+    }
+
+    /// Refuses what cannot work.
+    pub(super) fn check(&self) -> Result<(), GatewayError> {
+        check_upstream(&self.upstream)?;
+        let above_zero = "it has to be at least 1";
+        if self.workers == 0 {
+            return Err(GatewayError::Setting { setting: "workers", value: "0".to_owned(), hint: above_zero });
+        }
+        if self.max_buffer_bytes == 0 {
+            return Err(GatewayError::Setting { setting: "max_buffer_bytes", value: "0".to_owned(), hint: above_zero });
+        }
+        for (setting, value) in [("upstream_timeout", self.upstream_timeout), ("client_timeout", self.client_timeout)] {
+            if value.is_zero() {
+                return Err(GatewayError::Setting { setting, value: "0".to_owned(), hint: "it has to be above zero" });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_upstream(uri: &Uri) -> Result<(), GatewayError> {
+    let refuse = |reason| Err(GatewayError::Upstream { uri: uri.to_string(), reason });
+    match uri.scheme_str() {
+        Some("http") => {}
+        Some("https") => return refuse("this version does not speak TLS to upstreams"),
+        _ => return refuse("it does not start with http://"),
+    }
+    if uri.authority().is_none_or(|authority| authority.host().is_empty()) {
+        return refuse("it names no host");
+    }
+    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+        return refuse("credentials in the URI are not sent");
+    }
+    if uri.path_and_query().is_some_and(|path| path.as_str() != "/") {
+        return refuse("a path in front of the client's is not supported");
+    }
+    Ok(())
+}
+
+/// `driftlock gateway`
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Address to listen on; port 0 takes any free one
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// Upstream to forward to, such as http://127.0.0.1:8000
+    #[arg(long, value_name = "URI")]
+    pub upstream: Uri,
+    /// proxy-wasm module to run; without it the gateway only forwards
+    #[arg(long, value_name = "FILE")]
+    pub filter: Option<PathBuf>,
+    /// File handed to the filter as its plugin configuration
+    #[arg(long, value_name = "FILE", requires = "filter")]
+    pub config: Option<PathBuf>,
+    /// Root id handed to the filter (Istio's pluginName)
+    #[arg(long, value_name = "NAME", default_value = "driftlock")]
+    pub root_id: String,
+    /// Filter VMs [default: one per processor]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<usize>,
+    /// Address for /metrics, /healthz and /readyz
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub admin: Option<SocketAddr>,
+    /// Access log: "stdout", "none" or a file to append to
+    #[arg(long, value_name = "TARGET", default_value = "stdout")]
+    pub access_log: String,
+    /// Seconds to wait for the upstream (connect, response headers, next byte)
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub upstream_timeout: Duration,
+    /// Seconds to wait for a client (request headers, next byte of its body)
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub client_timeout: Duration,
+    /// Seconds that exchanges get to end after SIGTERM or SIGINT
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub drain_timeout: Duration,
+    /// What becomes of an exchange whose filter crashed
+    #[arg(long, value_enum, default_value_t)]
+    pub failure_policy: FailurePolicy,
+    /// Most bytes of one message the filter may hold
+    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
+    pub max_buffer_bytes: usize,
+    /// Run body callbacks while the filter holds the headers
+    #[arg(long)]
+    pub allow_on_headers_stop_iteration: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "give seconds as a number, such as 30 or 0.5".to_owned())?;
+    // A year is "for ever" and keeps timer arithmetic far from its limits.
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|duration| *duration <= Duration::from_secs(31_536_000))
+        .ok_or_else(|| "give between 0 and 31536000 seconds".to_owned())
+}
+
+impl TryFrom<Args> for GatewayOptions {
+    type Error = GatewayError;
+
+    fn try_from(args: Args) -> Result<Self, GatewayError> {
+        let plugin_configuration = match args.config {
+            Some(path) => std::fs::read(&path).map_err(|source| GatewayError::File {
+                action: "read the plugin configuration",
+                path,
+                source,
+            })?,
+            None => Vec::new(),
+        };
+        let filter = args.filter.map_or(FilterSource::None, FilterSource::WasmFile);
+        let defaults = Self::new(args.upstream, filter);
+        Ok(Self {
+            listen: args.listen,
+            plugin_configuration,
+            root_id: args.root_id,
+            workers: args.workers.unwrap_or(defaults.workers),
+            admin: args.admin,
+            access_log: match args.access_log.as_str() {
+                "none" => AccessLogTarget::None,
+                "stdout" => AccessLogTarget::Stdout,
+                path => AccessLogTarget::File(PathBuf::from(path)),
+            },
+            upstream_timeout: args.upstream_timeout,
+            client_timeout: args.client_timeout,
+            drain_timeout: args.drain_timeout,
+            failure_policy: args.failure_policy,
+            max_buffer_bytes: args.max_buffer_bytes,
+            allow_on_headers_stop_iteration: args.allow_on_headers_stop_iteration,
+            ..defaults
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unusable_upstreams_are_refused_with_the_reason() {
+        for (uri, reason) in [
+            ("https://a.example", "TLS"),
+            ("127.0.0.1:80", "http://"),
+            ("/only/a/path", "http://"),
+            ("http://a.example/prefix", "path"),
+            ("http://user:pw@a.example", "credentials"),
+        ] {
+            let options = GatewayOptions::new(uri.parse().expect("a URI"), FilterSource::None);
+            let error = options.check().expect_err(uri).to_string();
+            assert!(error.contains(reason), "{uri}: {error}");
+        }
+        let options = GatewayOptions::new(Uri::from_static("http://a.example:8000/"), FilterSource::None);
+        assert!(options.check().is_ok());
+    }
+
+    #[test]
+    fn seconds_are_bounded() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for bad in ["-1", "NaN", "1e300", "ten", "inf"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
+}
