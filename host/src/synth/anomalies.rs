@@ -1,0 +1,180 @@
+//! The five injected anomalies, each with the bytes that make it one.
+//!
+//! | label | what happens | where |
+//! |---|---|---|
+//! | `jailbreak` | a role-play that overrides the system prompt, alone or after an ordinary question | request, last `user` unit |
+//! | `exfiltration` | the answer dumps records, a configuration or an encoded blob | response, `assistant` unit |
+//! | `repetition` | the answer falls into a loop and is cut off | response, `assistant` unit |
+//! | `model_swap` | another model answers: other style, other id, other `model` | response, `assistant` unit |
+//! | `sql_injection` | a payload in the path or query of an ordinary GET | request, `target` unit |
+//!
+//! Texts are written for this project and random where they look secret: no real key, no real
+//! person. Spans are byte offsets in the unit's decoded text (the message's content, not its JSON
+//! escapes); a target is taken as sent, still percent-encoded.
+
+use super::apps::{self, App};
+use super::chat::{Backend, Completion, Message, Reply};
+use super::conversation::{self, Twist};
+use super::dice::Dice;
+use super::grammar::{Grammar, Scene};
+use super::{Direction, Span, Traffic, chat, rest};
+use crate::capture::{HttpRequest, HttpResponse};
+
+/// The kinds of anomaly, in the order in which a run injects them.
+pub const FAMILIES: [&str; 5] = ["jailbreak", "exfiltration", "repetition", "model_swap", "sql_injection"];
+
+const OPEN: char = '⟦';
+const CLOSE: char = '⟧';
+
+pub(super) struct Anomaly {
+    pub(super) application: &'static str,
+    pub(super) request: HttpRequest,
+    pub(super) response: HttpResponse,
+    pub(super) spans: Vec<Span>,
+}
+
+/// Draws an anomaly of `FAMILIES[family]`.
+pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dice) -> Anomaly {
+    let attacks = &traffic.attacks;
+    let app = apps::pick(&traffic.apps, dice);
+    let mut scene = Scene::new(attacks, unix_s);
+    match FAMILIES[family] {
+        "jailbreak" => {
+            let marked = scene.expand("jailbreak", dice);
+            let (payload, _) = unmark(&marked);
+            let lead = if dice.percent(40) { ordinary_question(app, unix_s, dice) + "\n\n" } else { String::new() };
+            let span = lead.len()..lead.len() + payload.len();
+            let conversation = conversation::draw(app, unix_s, Twist::UserSays(&(lead + &payload)), dice);
+            let index = conversation.messages.iter().filter(|m| matches!(m, Message::User(_))).count() - 1;
+            let spans = vec![Span {
+                direction: Direction::Request,
+                unit: "user".to_owned(),
+                index,
+                start: span.start,
+                end: span.end,
+            }];
+            completion(app, unix_s, conversation, false, Backend::Own, spans, dice)
+        }
+        "exfiltration" => {
+            let (text, marks) = unmark(&scene.expand("exfil", dice));
+            let conversation = conversation::draw(app, unix_s, Twist::ModelSays(&text), dice);
+            completion(app, unix_s, conversation, false, Backend::Own, assistant(marks), dice)
+        }
+        "repetition" => {
+            let looped = stuck(attacks, app, unix_s, dice);
+            let len = looped.len();
+            let conversation = conversation::draw(app, unix_s, Twist::ModelTrailsOff(&looped), dice);
+            let end = match &conversation.reply {
+                Reply::Text(text) => text.len(),
+                Reply::Call(_) => 0,
+            };
+            let spans = assistant(vec![(end - len, end)]);
+            completion(app, unix_s, conversation, true, Backend::Own, spans, dice)
+        }
+        "model_swap" => {
+            let style = scene.expand("swap", dice);
+            let (text, marks) = unmark(&scene.expand(&style, dice));
+            let conversation = conversation::draw(app, unix_s, Twist::ModelSays(&text), dice);
+            let backend = Backend::Swapped { model: scene.expand("swap.model", dice) };
+            completion(app, unix_s, conversation, false, backend, assistant(marks), dice)
+        }
+        _ => {
+            let marked = Scene::new(&traffic.rest, unix_s).expand("sqli.target", dice);
+            let (target, marks) = unmark(&marked);
+            let (request, response) = rest::lookup(&traffic.rest, target, unix_s, dice);
+            let spans = marks
+                .into_iter()
+                .map(|(start, end)| Span {
+                    direction: Direction::Request,
+                    unit: "target".to_owned(),
+                    index: 0,
+                    start,
+                    end,
+                })
+                .collect();
+            Anomaly { application: super::REST, request, response, spans }
+        }
+    }
+}
+
+fn completion(
+    app: &App,
+    unix_s: u64,
+    conversation: conversation::Conversation,
+    cut_off: bool,
+    backend: Backend,
+    spans: Vec<Span>,
+    dice: &mut Dice,
+) -> Anomaly {
+    let streamed = dice.percent(app.stream_percent);
+    let request = chat::request(app, &conversation.messages, streamed);
+    let completion = Completion {
+        app,
+        unix_s,
+        messages: &conversation.messages,
+        reply: &conversation.reply,
+        cut_off,
+        streamed,
+        backend,
+    };
+    Anomaly { application: app.name, request, response: chat::response(&completion, dice), spans }
+}
+
+fn assistant(marks: Vec<(usize, usize)>) -> Vec<Span> {
+    marks
+        .into_iter()
+        .map(|(start, end)| Span {
+            direction: Direction::Response,
+            unit: "assistant".to_owned(),
+            index: 0,
+            start,
+            end,
+        })
+        .collect()
+}
+
+/// An ordinary user message of the application, for an attack to hide behind.
+fn ordinary_question(app: &App, unix_s: u64, dice: &mut Dice) -> String {
+    let mut scene = Scene::new(&app.grammar, unix_s);
+    let kind = scene.expand("turns", dice);
+    scene.expand(&format!("{kind}.user"), dice)
+}
+
+/// The loop: a phrase of its own or, one time in four, a sentence of the application's own answers.
+fn stuck(attacks: &Grammar, app: &App, unix_s: u64, dice: &mut Dice) -> String {
+    let phrase = if dice.percent(25) {
+        let mut scene = Scene::new(&app.grammar, unix_s);
+        let sentence = scene.expand("refuse", dice);
+        sentence.split_inclusive(". ").next().unwrap_or(&sentence).replace('\n', " ")
+    } else {
+        Scene::new(attacks, unix_s).expand("loop", dice)
+    };
+    let target_bytes = dice.between(700, 2_400) as usize;
+    phrase.repeat(target_bytes / phrase.len() + 2)
+}
+
+/// Removes the marks and gives the byte ranges between them.
+fn unmark(marked: &str) -> (String, Vec<(usize, usize)>) {
+    let mut text = String::with_capacity(marked.len());
+    let mut ranges = Vec::new();
+    let mut start = 0;
+    for c in marked.chars() {
+        match c {
+            OPEN => start = text.len(),
+            CLOSE => ranges.push((start, text.len())),
+            c => text.push(c),
+        }
+    }
+    (text, ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_become_byte_ranges() {
+        assert_eq!(unmark("é⟦ab⟧c⟦d⟧"), ("éabcd".to_owned(), vec![(2, 4), (5, 6)]));
+        assert_eq!(unmark("none"), ("none".to_owned(), vec![]));
+    }
+}

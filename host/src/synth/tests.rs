@@ -1,0 +1,264 @@
+//! What the generated traffic promises: the same bytes, valid documents, spans that point at the
+//! attack, and variety.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::*;
+
+fn small() -> SynthOptions {
+    SynthOptions { seed: 7, count: 300, anomalies: 100, ..SynthOptions::default() }
+}
+
+fn sha256_hex(exchanges: &[LabelledExchange]) -> String {
+    let mut bytes = Vec::new();
+    write_jsonl(&mut bytes, exchanges).unwrap();
+    Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn json(bytes: &[u8]) -> Value {
+    serde_json::from_slice(bytes).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(bytes)))
+}
+
+fn content_type(headers: &[(String, String)]) -> &str {
+    crate::capture::header(headers, "content-type").unwrap_or("")
+}
+
+fn is_chat(exchange: &Exchange) -> bool {
+    exchange.request.target == "/v1/chat/completions"
+}
+
+fn is_streamed(exchange: &Exchange) -> bool {
+    content_type(&exchange.response.as_ref().unwrap().headers).starts_with("text/event-stream")
+}
+
+/// The data of every event, checked against the event-stream form that is used here.
+fn events(body: &[u8]) -> Vec<String> {
+    let text = std::str::from_utf8(body).unwrap();
+    let text = text.strip_suffix("\n\n").expect("the last event is closed");
+    text.split("\n\n").map(|event| event.strip_prefix("data: ").expect("a data line").to_owned()).collect()
+}
+
+/// The assistant's text of an answer, whole or streamed.
+fn answer_text(exchange: &Exchange) -> String {
+    let response = exchange.response.as_ref().unwrap();
+    if !is_streamed(exchange) {
+        return json(&response.body)["choices"][0]["message"]["content"].as_str().unwrap_or("").to_owned();
+    }
+    let data = events(&response.body);
+    data.iter()
+        .filter(|d| *d != "[DONE]")
+        .filter_map(|d| json(d.as_bytes())["choices"][0]["delta"]["content"].as_str().map(str::to_owned))
+        .collect()
+}
+
+fn user_texts(exchange: &Exchange) -> Vec<String> {
+    let body = json(&exchange.request.body);
+    let messages = body["messages"].as_array().unwrap().iter();
+    messages.filter(|m| m["role"] == "user").map(|m| m["content"].as_str().unwrap().to_owned()).collect()
+}
+
+/// What a span points at.
+fn pointed_at(labelled: &LabelledExchange, span: &Span) -> (String, String) {
+    let unit = match (span.direction, span.unit.as_str()) {
+        (Direction::Request, "user") => user_texts(&labelled.exchange)[span.index].clone(),
+        (Direction::Request, "target") => labelled.exchange.request.target.clone(),
+        (Direction::Response, "assistant") => answer_text(&labelled.exchange),
+        other => panic!("unexpected unit {other:?}"),
+    };
+    let outside = format!("{}{}", &unit[..span.start], &unit[span.end..]);
+    (unit[span.start..span.end].to_owned(), outside)
+}
+
+#[test]
+fn same_options_give_the_same_bytes_on_every_platform() {
+    let run = generate(&small());
+    assert_eq!(sha256_hex(&run), sha256_hex(&generate(&small())));
+    assert_eq!(sha256_hex(&run), "GOLDEN", "the generator's output changed: if that was meant, update this digest");
+    assert_ne!(sha256_hex(&run), sha256_hex(&generate(&SynthOptions { seed: 8, ..small() })));
+}
+
+#[test]
+fn a_longer_run_extends_a_shorter_one() {
+    let short = generate(&SynthOptions { count: 40, anomalies: 0, ..small() });
+    let long = generate(&SynthOptions { count: 90, anomalies: 0, ..small() });
+    assert_eq!(sha256_hex(&short), sha256_hex(&long[..40]));
+}
+
+#[test]
+fn every_body_and_every_event_is_valid() {
+    for labelled in generate(&small()) {
+        let Exchange { request, response, .. } = &labelled.exchange;
+        let response = response.as_ref().unwrap();
+        match content_type(&request.headers) {
+            "" => assert!(request.body.is_empty()),
+            "application/x-www-form-urlencoded" => {
+                assert!(request.body.iter().all(|b| b.is_ascii_graphic()), "{:?}", String::from_utf8_lossy(&request.body));
+            }
+            kind if kind.starts_with("application/json") => {
+                json(&request.body);
+            }
+            kind => panic!("unexpected content type {kind}"),
+        }
+        assert!(request.target.bytes().all(|b| b.is_ascii_graphic()), "{}", request.target);
+        if is_streamed(&labelled.exchange) {
+            let data = events(&response.body);
+            assert_eq!(data.last().unwrap(), "[DONE]");
+            let chunks: Vec<Value> = data[..data.len() - 1].iter().map(|d| json(d.as_bytes())).collect();
+            assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+            assert!(chunks.iter().all(|c| c["id"] == chunks[0]["id"] && c["object"] == "chat.completion.chunk"));
+            let finished = chunks.iter().filter(|c| c["choices"][0]["finish_reason"].is_string()).count();
+            assert_eq!(finished, 1);
+        } else {
+            json(&response.body);
+        }
+    }
+}
+
+#[test]
+fn tool_calls_are_answered_and_their_arguments_are_json() {
+    let mut calls = 0;
+    for labelled in generate(&small()).iter().filter(|l| is_chat(&l.exchange)) {
+        let body = json(&labelled.exchange.request.body);
+        let messages = body["messages"].as_array().unwrap();
+        assert_eq!(messages[0]["role"], "system");
+        for (i, message) in messages.iter().enumerate() {
+            if let Some(call) = message["tool_calls"].get(0) {
+                calls += 1;
+                json(call["function"]["arguments"].as_str().unwrap().as_bytes());
+                assert_eq!(messages[i + 1]["role"], "tool");
+                assert_eq!(messages[i + 1]["tool_call_id"], call["id"]);
+                json(messages[i + 1]["content"].as_str().unwrap().as_bytes());
+            }
+        }
+    }
+    assert!(calls > 40, "{calls} tool calls in 300 exchanges");
+}
+
+#[test]
+fn spans_point_at_the_attack_and_at_nothing_else() {
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for labelled in generate(&small()) {
+        if labelled.label == "normal" {
+            assert!(labelled.spans.is_empty());
+            continue;
+        }
+        *seen.entry(labelled.label.clone()).or_default() += 1;
+        assert_eq!(labelled.exchange.label, labelled.label);
+        assert_eq!(labelled.spans.len(), 1, "{}", labelled.label);
+        let (inside, outside) = pointed_at(&labelled, &labelled.spans[0]);
+        match labelled.label.as_str() {
+            "jailbreak" => {
+                assert!(inside.len() > 200 && inside.ends_with('.') && inside.starts_with(char::is_uppercase), "{inside}");
+                assert!(outside.is_empty() || outside.ends_with("\n\n"), "{outside}");
+                assert_eq!(labelled.spans[0].index + 1, user_texts(&labelled.exchange).len());
+            }
+            "exfiltration" => {
+                assert!(inside.len() > 120, "{inside}");
+                assert!(outside.ends_with("\n\n") && outside.len() < 80, "{outside}");
+            }
+            "repetition" => {
+                let period = (1..=200).find(|p| inside.bytes().zip(inside.bytes().skip(*p)).all(|(a, b)| a == b));
+                assert!(period.is_some() && inside.len() > 600, "{inside}");
+                assert!(outside.len() <= 90, "{outside}");
+            }
+            "model_swap" => {
+                assert_eq!(outside, "");
+                let response = &labelled.exchange.response.as_ref().unwrap().body;
+                assert!(String::from_utf8_lossy(response).contains("\"id\":\"gen-"));
+            }
+            "sql_injection" => {
+                let inside = percent_encoding::percent_decode_str(&inside).decode_utf8().unwrap().to_uppercase();
+                let tell = ["SELECT", " OR ", "DROP", "EXEC"];
+                assert!(tell.iter().any(|t| inside.contains(t)), "{inside}");
+                assert!(outside.starts_with("/api/") && !outside.contains('\'') && !outside.contains('%'), "{outside}");
+            }
+            other => panic!("unknown family {other}"),
+        }
+    }
+    assert_eq!(seen.len(), FAMILIES.len());
+    assert!(seen.values().all(|n| *n == 20), "{seen:?}");
+}
+
+#[test]
+fn anomalies_have_variants() {
+    let mut texts: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for labelled in generate(&SynthOptions { count: 0, anomalies: 200, ..small() }) {
+        let (inside, _) = pointed_at(&labelled, &labelled.spans[0]);
+        texts.entry(labelled.label).or_default().insert(inside);
+    }
+    for (family, variants) in texts {
+        assert!(variants.len() >= 20, "{family}: {} different in 40", variants.len());
+    }
+}
+
+#[test]
+fn shares_are_those_of_a_gateway() {
+    let run = generate(&SynthOptions { count: 2_000, anomalies: 0, ..small() });
+    let chats: Vec<_> = run.iter().filter(|l| is_chat(&l.exchange)).collect();
+    let streamed = chats.iter().filter(|l| is_streamed(&l.exchange)).count() * 100 / chats.len();
+    assert!((35..=45).contains(&streamed), "{streamed} % streamed");
+    assert!((1_550..=1_730).contains(&chats.len()), "{} chats of 2000", chats.len());
+    let applications: BTreeSet<&str> = chats.iter().map(|l| l.application.as_str()).collect();
+    assert_eq!(applications.len(), 5);
+    for application in applications {
+        let prompts: BTreeSet<String> = chats
+            .iter()
+            .filter(|l| l.application == application)
+            .map(|l| json(&l.exchange.request.body)["messages"][0]["content"].to_string())
+            .collect();
+        assert_eq!(prompts.len(), 1, "{application} has one system prompt");
+    }
+}
+
+#[test]
+fn user_messages_differ() {
+    let run = generate(&SynthOptions { count: 3_000, anomalies: 0, ..small() });
+    let messages: Vec<String> =
+        run.iter().filter(|l| is_chat(&l.exchange)).flat_map(|l| user_texts(&l.exchange)).take(2_000).collect();
+    assert_eq!(messages.len(), 2_000);
+    let distinct: BTreeSet<&String> = messages.iter().collect();
+    assert!(distinct.len() >= 1_900, "{} of 2000 distinct", distinct.len());
+}
+
+#[test]
+fn no_slot_or_escape_is_left_in_the_text() {
+    for labelled in generate(&SynthOptions { count: 1_500, anomalies: 100, ..small() }) {
+        let mut bytes = Vec::new();
+        write_jsonl(&mut bytes, std::slice::from_ref(&labelled)).unwrap();
+        let text = String::from_utf8(bytes).unwrap();
+        for left in ["${", "@{", "⟦", "⟧", "\\\\e"] {
+            assert!(!text.contains(left), "{left} in {text}");
+        }
+        if is_chat(&labelled.exchange) {
+            let spoken = user_texts(&labelled.exchange).join("\n");
+            assert!(!spoken.contains("  ") || labelled.application == "code-review", "double space: {spoken}");
+            assert!(!spoken.contains(" ."), "space before a full stop: {spoken}");
+        }
+    }
+}
+
+#[test]
+fn rows_read_back_as_the_same_exchanges() {
+    let run = generate(&SynthOptions { count: 60, anomalies: 10, ..small() });
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["run.jsonl", "run.jsonl.gz"] {
+        let args = Args { count: 60, anomalies: 10, seed: 7, start: small().start_unix_s, out: dir.path().join(name) };
+        super::run(&args).unwrap();
+        let rows = crate::capture::open(&args.out).unwrap();
+        let read: Vec<Exchange> = rows.map(|row| row.unwrap().into_exchange().unwrap()).collect();
+        assert_eq!(read.len(), run.len());
+        for (read, made) in read.iter().zip(&run) {
+            assert_eq!(read, &made.exchange);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_created_is_named() {
+    let args = Args { count: 1, anomalies: 0, seed: 1, start: 0, out: "/nonexistent-folder/x.jsonl".into() };
+    let message = super::run(&args).unwrap_err().to_string();
+    assert!(message.contains("/nonexistent-folder/x.jsonl") && message.contains("--out"), "{message}");
+}
