@@ -1,0 +1,535 @@
+//! Message bodies to content units: which parser reads a body, and what it tells.
+//!
+//! A body is read as it streams by. A parser gives every byte's meaning once, in order: which unit (role and
+//! ordinal) it belongs to and where in the body it stands. The parser is chosen from the path and the
+//! content-type alone, before any byte is paused, and never collects a body.
+//!
+//! | body | units |
+//! |---|---|
+//! | path `…/chat/completions`, request | see [`crate::openai`] (whatever the content-type claims: servers read JSON all the same) |
+//! | its response, JSON or `text/event-stream` | the same |
+//! | other JSON, NDJSON | one body unit, raw bytes; the grammar is checked |
+//! | other `text/event-stream` | one body unit, the events' data with a newline after each line |
+//! | text, forms, XML, JavaScript, YAML | one body unit, raw bytes |
+//! | content-type missing or unknown | by the first non-blank byte: `{` or `[` is JSON, anything else UTF-8 text |
+//! | images, audio, archives, multipart, gRPC, AWS event-stream, … | [`NotInspected`] with a reason |
+//!
+//! Blank bytes before a JSON document are counted, not scored: gateways send them to keep a connection open.
+//! Cost: one pass; memory is bounded by the parsers' constants (about 200 KiB for a hostile stream, under
+//! 10 KiB for a usual one).
+
+use crate::json::{Tokenizer, Utf8};
+use crate::openai::{Chat, ChatStream, Mode};
+use crate::sse::{self, EventReader};
+use alloc::boxed::Box;
+
+/// Which part of a message a text belongs to; part of the stream key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Role {
+    /// Request path and query.
+    Target,
+    /// System or developer prompt.
+    System,
+    /// The user's turn; also any message whose role is missing, late or unknown, since that is the least
+    /// trusted reading.
+    User,
+    /// The model's turn: content, refusal, reasoning, transcript.
+    Assistant,
+    /// A tool call's name and arguments.
+    ToolCall,
+    /// What a tool returned.
+    ToolResult,
+    /// All of the body that is no scored text.
+    Envelope,
+    /// A body without known schema.
+    Body,
+}
+
+impl Role {
+    /// The name in stream keys, logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Target => "target",
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::ToolCall => "tool_call",
+            Self::ToolResult => "tool_result",
+            Self::Envelope => "envelope",
+            Self::Body => "body",
+        }
+    }
+
+    /// The role a chat message names (`developer` is system, `function` and `tool` are results, `model` is
+    /// the assistant); anything else is the user's.
+    pub fn of_message(name: &[u8]) -> Self {
+        match name {
+            b"system" | b"developer" => Self::System,
+            b"assistant" | b"model" => Self::Assistant,
+            b"tool" | b"function" => Self::ToolResult,
+            _ => Self::User,
+        }
+    }
+}
+
+/// One unit of a message: role and ordinal within the message, from 0 per role. Ordinal 65,535 is shared by
+/// all units from there on, each still ended on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Unit {
+    /// Which part of the message.
+    pub role: Role,
+    /// Its ordinal among the units of that role.
+    pub index: u16,
+}
+
+/// Receives what a parser tells of a message. A unit begins with its first `text`; one without text does not
+/// exist. Units interleave (the envelope with all others, streamed choices with each other). For every split
+/// of a body into chunks each unit gets the same bytes with the same offsets; how many calls carry them may
+/// differ.
+pub trait Sink {
+    /// The next bytes of `unit`. `text[k]` comes from the decoded body's byte `body_offset + k`, or, when the
+    /// call carries one escape's character, from that escape, which begins at `body_offset` and is longer.
+    fn text(&mut self, unit: Unit, text: &[u8], body_offset: u64);
+    /// `unit` is complete. Each unit is ended once, also when the body breaks off.
+    fn end(&mut self, unit: Unit);
+    /// Bytes at this point of `unit` that are counted but not given (base64 media, random padding, event
+    /// names).
+    fn skipped(&mut self, unit: Unit, bytes: u64);
+}
+
+/// Why a body could not be read to its end. What came before was given to the sink; what came after the
+/// error was given as envelope or body text, so that a broken body is no way past the filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ContentError {
+    /// The JSON document is not closed.
+    #[error("the body ends inside a JSON document: look for a dropped connection or a body size limit before the filter")]
+    Truncated,
+    /// Not JSON at this byte.
+    #[error("the body is not valid JSON at byte {offset}: compare the sender's content-type and encoding with what it sends")]
+    Malformed {
+        /// Position in the decoded body.
+        offset: u64,
+    },
+    /// More than 64 containers inside one another.
+    #[error("the JSON at byte {offset} is nested deeper than 64 levels: flatten it, or let this route pass uninspected")]
+    TooDeep {
+        /// Position in the decoded body.
+        offset: u64,
+    },
+    /// Not UTF-8 at this byte.
+    #[error("the body is not valid UTF-8 at byte {offset}: send UTF-8, or a content-type that names the format")]
+    InvalidUtf8 {
+        /// Position in the decoded body.
+        offset: u64,
+    },
+}
+
+impl ContentError {
+    /// A short fixed name, for reasons and metric labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Truncated => "json_truncated",
+            Self::Malformed { .. } => "json_malformed",
+            Self::TooDeep { .. } => "json_too_deep",
+            Self::InvalidUtf8 { .. } => "invalid_utf8",
+        }
+    }
+}
+
+/// Why no parser reads a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotInspected {
+    /// Images, audio, archives, `application/octet-stream` and the like.
+    #[error("bodies of a binary content-type are not inspected")]
+    Binary,
+    /// `multipart/*`.
+    #[error("multipart bodies are not inspected yet")]
+    Multipart,
+    /// `application/grpc*` and protobuf.
+    #[error("gRPC and protobuf bodies are not inspected")]
+    Protobuf,
+    /// `application/vnd.amazon.eventstream`.
+    #[error("AWS event streams are not inspected yet")]
+    AmazonEventStream,
+}
+
+impl NotInspected {
+    /// A short fixed name, for reasons and metric labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Binary => "content_type_binary",
+            Self::Multipart => "content_type_multipart",
+            Self::Protobuf => "content_type_protobuf",
+            Self::AmazonEventStream => "content_type_amazon_eventstream",
+        }
+    }
+}
+
+/// How a body is read; part of the stream key, so it is known before the first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ApiStyle {
+    /// OpenAI chat completions and compatible, whole or streamed.
+    OpenAiChat,
+    /// Any other JSON.
+    Json,
+    /// Any other server-sent events.
+    Sse,
+    /// `application/x-www-form-urlencoded`.
+    Form,
+    /// Any other text.
+    Text,
+    /// Decided by the first byte, JSON or text.
+    Unlabelled,
+}
+
+impl ApiStyle {
+    /// The name in stream keys, logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::OpenAiChat => "openai.chat",
+            Self::Json => "json",
+            Self::Sse => "sse",
+            Self::Form => "form",
+            Self::Text => "text",
+            Self::Unlabelled => "unlabelled",
+        }
+    }
+
+    /// The API that a request path (query included or not) belongs to, if its schema is known.
+    pub fn of_path(path: &[u8]) -> Option<Self> {
+        let path = path.split(|byte| matches!(byte, b'?' | b'#')).next().unwrap_or_default();
+        let path = path.strip_suffix(b"/").unwrap_or(path);
+        path.ends_with(b"/chat/completions").then_some(Self::OpenAiChat)
+    }
+}
+
+/// Token counts that the answer itself reports; the last ones seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// `usage.prompt_tokens`.
+    pub prompt_tokens: Option<u64>,
+    /// `usage.completion_tokens`.
+    pub completion_tokens: Option<u64>,
+    /// `usage.total_tokens`.
+    pub total_tokens: Option<u64>,
+}
+
+/// What was read, beside the units.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Decoded bytes of the body.
+    pub body_bytes: u64,
+    /// Blank bytes before the document: counted, in no unit.
+    pub leading_blank_bytes: u64,
+    /// The sum of what [`Sink::skipped`] was told.
+    pub skipped_bytes: u64,
+    /// Server-sent events with data, `[DONE]` apart.
+    pub events: u64,
+    /// The stream's `[DONE]` came.
+    pub terminated: bool,
+    /// Token counts.
+    pub usage: Usage,
+}
+
+/// The content-type's essence, without parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Media {
+    Json,
+    JsonLines,
+    EventStream,
+    Form,
+    Text,
+    Unknown,
+}
+
+impl Media {
+    fn of(content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
+        let essence = content_type.unwrap_or_default().split(|byte| *byte == b';').next();
+        let essence = essence.unwrap_or_default().trim_ascii();
+        let is = |name: &[u8]| essence.eq_ignore_ascii_case(name);
+        let starts = |prefix: &[u8]| essence.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
+        let ends = |suffix: &[u8]| {
+            let from = essence.len().checked_sub(suffix.len());
+            from.and_then(|from| essence.get(from..)).is_some_and(|s| s.eq_ignore_ascii_case(suffix))
+        };
+        let any = |names: &[&[u8]]| names.iter().any(|name| is(name));
+        Ok(if any(&[b"application/x-ndjson", b"application/ndjson", b"application/jsonl", b"application/stream+json"])
+        {
+            Self::JsonLines
+        } else if is(b"application/json") || is(b"text/json") || ends(b"+json") {
+            Self::Json
+        } else if is(b"text/event-stream") {
+            Self::EventStream
+        } else if is(b"application/x-www-form-urlencoded") {
+            Self::Form
+        } else if starts(b"text/")
+            || ends(b"+xml")
+            || any(&[b"application/xml", b"application/javascript", b"application/graphql"])
+            || any(&[b"application/yaml", b"application/x-yaml", b"application/toml", b"application/sql"])
+        {
+            Self::Text
+        } else if is(b"application/vnd.amazon.eventstream") {
+            return Err(NotInspected::AmazonEventStream);
+        } else if starts(b"multipart/") {
+            return Err(NotInspected::Multipart);
+        } else if starts(b"application/grpc")
+            || any(&[b"application/protobuf", b"application/x-protobuf", b"application/vnd.google.protobuf"])
+        {
+            return Err(NotInspected::Protobuf);
+        } else if [&b"image/"[..], b"audio/", b"video/", b"font/", b"model/"].iter().any(|p| starts(p))
+            || any(&[b"application/octet-stream", b"application/zip", b"application/gzip", b"application/pdf"])
+            || any(&[b"application/wasm", b"application/cbor", b"application/msgpack", b"application/x-tar"])
+        {
+            return Err(NotInspected::Binary);
+        } else {
+            Self::Unknown
+        })
+    }
+}
+
+#[derive(Debug)]
+enum Parser {
+    Chat(Box<Chat>),
+    ChatStream(Box<(EventReader, ChatStream)>),
+    Json(Tokenizer),
+    Events(EventReader, DataUnit),
+    Text,
+    /// Text whose content-type did not say so.
+    CheckedText(Utf8, Option<ContentError>),
+    /// Nothing but blanks so far; a JSON document would be an answer of the chat API or just JSON.
+    Unknown { chat: bool },
+}
+
+/// Reads one body. Make one per direction of an exchange.
+#[derive(Debug)]
+pub struct BodyParser {
+    style: ApiStyle,
+    parser: Parser,
+    /// Blanks are being skipped.
+    leading: bool,
+    summary: Summary,
+    finished: bool,
+}
+
+impl BodyParser {
+    /// The parser for a request's body, from its path (query included or not) and its content-type header.
+    ///
+    /// # Errors
+    /// The reason why such bodies are not inspected.
+    pub fn for_request(path: &[u8], content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
+        if ApiStyle::of_path(path) == Some(ApiStyle::OpenAiChat) {
+            let parser = Parser::Chat(Box::new(Chat::new(Mode::Request)));
+            return Ok(Self::new(ApiStyle::OpenAiChat, parser));
+        }
+        Media::of(content_type).map(Self::generic)
+    }
+
+    /// The parser for a response's body, from [`ApiStyle::of_path`] of its request and its own content-type
+    /// header.
+    ///
+    /// # Errors
+    /// The reason why such bodies are not inspected.
+    pub fn for_response(request: Option<ApiStyle>, content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
+        let media = Media::of(content_type)?;
+        if request != Some(ApiStyle::OpenAiChat) {
+            return Ok(Self::generic(media));
+        }
+        Ok(match media {
+            Media::EventStream => {
+                let parser = Parser::ChatStream(Box::new((EventReader::new(), ChatStream::new())));
+                Self::new(ApiStyle::OpenAiChat, parser)
+            }
+            Media::Json => Self::new(ApiStyle::OpenAiChat, Parser::Chat(Box::new(Chat::new(Mode::Response)))),
+            Media::Unknown | Media::Text => Self::new(ApiStyle::OpenAiChat, Parser::Unknown { chat: true }),
+            Media::JsonLines | Media::Form => Self::generic(media),
+        })
+    }
+
+    fn generic(media: Media) -> Self {
+        match media {
+            Media::Json => Self::new(ApiStyle::Json, Parser::Json(Tokenizer::new(false))),
+            Media::JsonLines => Self::new(ApiStyle::Json, Parser::Json(Tokenizer::new(true))),
+            Media::EventStream => {
+                Self::new(ApiStyle::Sse, Parser::Events(EventReader::new(), DataUnit::default()))
+            }
+            Media::Form => Self::new(ApiStyle::Form, Parser::Text),
+            Media::Text => Self::new(ApiStyle::Text, Parser::Text),
+            Media::Unknown => Self::new(ApiStyle::Unlabelled, Parser::Unknown { chat: false }),
+        }
+    }
+
+    fn new(style: ApiStyle, parser: Parser) -> Self {
+        let leading = matches!(parser, Parser::Chat(_) | Parser::Json(_) | Parser::Unknown { .. });
+        Self { style, parser, leading, summary: Summary::default(), finished: false }
+    }
+
+    /// How this body is read.
+    pub fn style(&self) -> ApiStyle {
+        self.style
+    }
+
+    /// Reads the next bytes of the body, cut anywhere. After [`BodyParser::finish`] it does nothing.
+    pub fn push(&mut self, chunk: &[u8], sink: &mut impl Sink) {
+        if self.finished {
+            return;
+        }
+        let mut base = self.summary.body_bytes;
+        self.summary.body_bytes += chunk.len() as u64;
+        let mut chunk = chunk;
+        if self.leading {
+            let blank = chunk.iter().take_while(|byte| matches!(byte, b' ' | b'\n' | b'\r' | b'\t')).count();
+            self.summary.leading_blank_bytes += blank as u64;
+            base += blank as u64;
+            chunk = chunk.get(blank..).unwrap_or_default();
+            let Some(first) = chunk.first() else { return };
+            self.leading = false;
+            if let Parser::Unknown { chat } = self.parser {
+                self.parser = match (first, chat) {
+                    (b'{' | b'[', true) => Parser::Chat(Box::new(Chat::new(Mode::Response))),
+                    (b'{' | b'[', false) => Parser::Json(Tokenizer::new(true)),
+                    _ => Parser::CheckedText(Utf8::new(), None),
+                };
+            }
+        }
+        if chunk.is_empty() {
+            return;
+        }
+        match &mut self.parser {
+            Parser::Chat(chat) => chat.push(chunk, base, sink),
+            Parser::ChatStream(parts) => {
+                let (reader, stream) = &mut **parts;
+                reader.push(chunk, base, &mut stream.lines(sink));
+            }
+            Parser::Events(reader, unit) => reader.push(chunk, base, &mut DataLines { unit, sink }),
+            Parser::Json(tokenizer) => {
+                tokenizer.push(chunk, base, &mut ());
+                sink.text(BODY, chunk, base);
+            }
+            Parser::CheckedText(utf8, error) => {
+                if error.is_none()
+                    && let Err(index) = utf8.push(chunk)
+                {
+                    *error = Some(ContentError::InvalidUtf8 { offset: base + index as u64 });
+                }
+                sink.text(BODY, chunk, base);
+            }
+            Parser::Text | Parser::Unknown { .. } => sink.text(BODY, chunk, base),
+        }
+    }
+
+    /// Ends the body: every open unit is ended, then says what was read. An empty body is no error. A second
+    /// call changes nothing and returns the summary.
+    ///
+    /// # Errors
+    /// The first reason why the body could not be read to its end.
+    pub fn finish(&mut self, sink: &mut impl Sink) -> Result<Summary, ContentError> {
+        if self.finished {
+            return Ok(self.summary);
+        }
+        self.finished = true;
+        let body_bytes = self.summary.body_bytes;
+        let result = match &mut self.parser {
+            // A body with nothing but blanks (or nothing at all) has no unit.
+            _ if self.leading && body_bytes == 0 => Ok(()),
+            Parser::Chat(chat) => {
+                let result = chat.finish(sink);
+                self.summary.usage = chat.usage();
+                self.summary.skipped_bytes = chat.skipped_bytes();
+                result
+            }
+            Parser::ChatStream(parts) => {
+                let (reader, stream) = &mut **parts;
+                stream.input_ends();
+                reader.finish(body_bytes, &mut stream.lines(sink));
+                let result = stream.finish(sink);
+                self.summary.usage = stream.chat().usage();
+                self.summary.skipped_bytes = stream.chat().skipped_bytes();
+                self.summary.events = stream.events();
+                self.summary.terminated = stream.terminated();
+                result
+            }
+            Parser::Events(reader, unit) => {
+                reader.finish(body_bytes, &mut DataLines { unit, sink });
+                self.summary.events = unit.events;
+                self.summary.skipped_bytes = unit.skipped_bytes;
+                if unit.given {
+                    sink.end(BODY);
+                }
+                Ok(())
+            }
+            Parser::Json(tokenizer) => {
+                if !self.leading {
+                    sink.end(BODY);
+                }
+                tokenizer.finish(&mut ())
+            }
+            Parser::CheckedText(utf8, error) => {
+                sink.end(BODY);
+                match error {
+                    Some(error) => Err(*error),
+                    None if !utf8.is_complete() => Err(ContentError::InvalidUtf8 { offset: body_bytes }),
+                    None => Ok(()),
+                }
+            }
+            Parser::Text if body_bytes > 0 => {
+                sink.end(BODY);
+                Ok(())
+            }
+            Parser::Text | Parser::Unknown { .. } => Ok(()),
+        };
+        result.map(|()| self.summary)
+    }
+
+    /// What was read so far; complete after [`BodyParser::finish`], also when that failed.
+    pub fn summary(&self) -> Summary {
+        self.summary
+    }
+}
+
+/// The one unit of a body without known schema.
+const BODY: Unit = Unit { role: Role::Body, index: 0 };
+
+/// The data of other event streams, as one text.
+#[derive(Debug, Default)]
+struct DataUnit {
+    /// Where the last piece of data ended: the newline that closes an event is given from there.
+    end: Option<u64>,
+    line_bytes: u64,
+    given: bool,
+    events: u64,
+    skipped_bytes: u64,
+}
+
+struct DataLines<'a, S: Sink> {
+    unit: &'a mut DataUnit,
+    sink: &'a mut S,
+}
+
+impl<S: Sink> sse::Handler for DataLines<'_, S> {
+    fn data(&mut self, piece: &[u8], body_offset: u64) {
+        self.unit.given = true;
+        self.unit.end = Some(body_offset + piece.len() as u64);
+        self.sink.text(BODY, piece, body_offset);
+    }
+
+    fn other(&mut self, piece: &[u8], _: u64) {
+        self.unit.line_bytes += piece.len() as u64;
+    }
+
+    fn other_end(&mut self) {
+        let bytes = core::mem::take(&mut self.unit.line_bytes);
+        self.unit.skipped_bytes += bytes;
+        self.sink.skipped(BODY, bytes);
+    }
+
+    fn event_end(&mut self, _: u64) {
+        if let Some(end) = self.unit.end.take() {
+            self.unit.events += 1;
+            self.sink.text(BODY, b"\n", end);
+        }
+    }
+}
