@@ -1,1 +1,26 @@
-//! stub
+//! Driftlock's inspection: HTTP messages to content units, units to verdicts, verdicts to the proxy.
+//!
+//! Everything the filter decides is here, behind the small [`host::Host`] trait, so that the same code
+//! runs in Envoy, in the gateway and in a native replay. `no_std` + `alloc`, no panics, no clock.
+//!
+//! [`config`] says what to do, [`session`] follows one exchange, [`content`] turns bodies into units
+//! (with [`json`], [`sse`] and [`openai`]), the engine judges them.
+#![no_std]
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod config;
+pub mod content;
+mod envelope;
+pub mod host;
+pub mod json;
+pub mod openai;
+pub mod session;
+pub mod sse;

@@ -1,0 +1,330 @@
+//! The plugin's configuration: one JSON document, parsed once, refused by name.
+//!
+//! What: [`Config::parse`] turns the bytes that Envoy, Istio or the gateway hand to the plugin into
+//! settings that need no further checks. An unknown field, a value out of range or an unreadable
+//! baseline is an error that names the field.
+//!
+//! Cost: once per VM; decoding an inline baseline is a base64 pass and a digest over its bytes.
+//!
+//! Left out on purpose: defaults that depend on traffic. Every default is a constant here.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use driftlock_engine::baseline::{Snapshot, SnapshotError, TrainingOptions};
+use driftlock_engine::detector::{LearningPlan, PlanError, Settings};
+use serde::Deserialize;
+
+/// The parsed, checked configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// First part of every stream key.
+    pub name: String,
+    /// What the detector is told.
+    pub settings: Settings,
+    /// Baselines given inline.
+    pub snapshot: Snapshot,
+    /// Most bytes of one body that are inspected; a longer one is `not_inspected` with reason `size`.
+    pub max_body_bytes: u64,
+    /// What becomes of a message that cannot be inspected.
+    pub uninspectable: Uninspectable,
+    /// Where verdicts go.
+    pub report: Report,
+}
+
+/// What becomes of a message that cannot be inspected.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Uninspectable {
+    /// It passes; the verdict says `not_inspected`.
+    #[default]
+    Pass,
+    /// Fail closed: a request is held until it is inspected and refused if it cannot be; a response is
+    /// replaced by an error while its headers are open, else broken off before its end.
+    Refuse,
+}
+
+/// Where verdicts go.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Report {
+    /// `x-driftlock-request` on the response: the request's verdict.
+    pub response_headers: bool,
+    /// Filter state `wasm.driftlock.*` for the access log.
+    pub filter_state: bool,
+    /// Which verdicts make a log line.
+    pub log: LogPolicy,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self { response_headers: true, filter_state: true, log: LogPolicy::Flagged }
+    }
+}
+
+/// Which verdicts make a log line.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum LogPolicy {
+    /// None.
+    Never,
+    /// Anomalous and not inspected.
+    Flagged,
+    /// All.
+    Always,
+}
+
+/// Why a configuration was refused.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ConfigError {
+    /// Not JSON, an unknown field, or a value of the wrong type.
+    #[error("plugin configuration, at {path}: {reason}")]
+    Field {
+        /// Path to the field, e.g. `learn.messages`.
+        path: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// `alpha` out of range.
+    #[error("plugin configuration, at alpha: {0} is not between 0.000001 and 0.5")]
+    Alpha(f64),
+    /// Too few messages to learn from.
+    #[error("plugin configuration, at learn.messages: {0}")]
+    Plan(#[from] PlanError),
+    /// `baseline` is not base64.
+    #[error(
+        "plugin configuration, at baseline: not base64 ({0}); use the output of `driftlock train --base64`"
+    )]
+    Base64(String),
+    /// `baseline` is no usable snapshot.
+    #[error("plugin configuration, at baseline: {0}")]
+    Baseline(#[from] SnapshotError),
+    /// Neither a baseline nor learning.
+    #[error(
+        "plugin configuration: learn is null and there is no baseline, so nothing could ever be judged; give one of them"
+    )]
+    Nothing,
+    /// A bound that leaves no room.
+    #[error("plugin configuration, at {field}: {value} is less than {least}")]
+    TooSmall {
+        /// Path to the field.
+        field: &'static str,
+        /// What it says.
+        value: u64,
+        /// What it may say at least.
+        least: u64,
+    },
+    /// A stream name that could not be told from another's.
+    #[error("plugin configuration, at name: {0:?} is not 1 to 64 of the characters a-z A-Z 0-9 . _ -")]
+    Name(String),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Document {
+    name: String,
+    alpha: f64,
+    learn: Option<Learn>,
+    baseline: Option<String>,
+    limits: Limits,
+    uninspectable: Uninspectable,
+    report: Report,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Learn {
+    messages: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Limits {
+    max_body_bytes: u64,
+    max_streams: usize,
+    max_ngrams: usize,
+    max_table_bytes: usize,
+    max_learned_unit_bytes: usize,
+}
+
+impl Default for Document {
+    fn default() -> Self {
+        Self {
+            name: "default".to_string(),
+            alpha: 0.002,
+            learn: Some(Learn { messages: 1000 }),
+            baseline: None,
+            limits: Limits::default(),
+            uninspectable: Uninspectable::default(),
+            report: Report::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let training = TrainingOptions::default();
+        Self {
+            max_body_bytes: 16 << 20,
+            max_streams: 64,
+            max_ngrams: training.max_ngrams,
+            max_table_bytes: training.max_table_bytes,
+            max_learned_unit_bytes: training.max_unit_bytes,
+        }
+    }
+}
+
+impl Config {
+    /// Parses and checks the plugin configuration. No bytes at all mean all defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the field.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
+        let document = if bytes.trim_ascii().is_empty() {
+            Document::default()
+        } else {
+            let mut json = serde_json::Deserializer::from_slice(bytes);
+            let document = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+                ConfigError::Field { path: error.path().to_string(), reason: error.inner().to_string() }
+            })?;
+            json.end().map_err(|error| ConfigError::Field {
+                path: "the end".to_string(),
+                reason: error.to_string(),
+            })?;
+            document
+        };
+        document.check()
+    }
+}
+
+impl Document {
+    fn check(self) -> Result<Config, ConfigError> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        if self.name.is_empty() || self.name.len() > 64 || !self.name.bytes().all(plain) {
+            return Err(ConfigError::Name(self.name));
+        }
+        if !(0.000_001..=0.5).contains(&self.alpha) {
+            return Err(ConfigError::Alpha(self.alpha));
+        }
+        // To the nearest millionth.
+        let alpha_ppm = (self.alpha * 1e6 + 0.5) as u32;
+        let limits = &self.limits;
+        for (field, value, least) in [
+            ("limits.max_body_bytes", limits.max_body_bytes, 1024),
+            ("limits.max_streams", limits.max_streams as u64, 1),
+            ("limits.max_ngrams", limits.max_ngrams as u64, 1024),
+            ("limits.max_table_bytes", limits.max_table_bytes as u64, 32 << 10),
+            ("limits.max_learned_unit_bytes", limits.max_learned_unit_bytes as u64, 64),
+        ] {
+            if value < least {
+                return Err(ConfigError::TooSmall { field, value, least });
+            }
+        }
+        let learning = match &self.learn {
+            Some(learn) => Some(LearningPlan::new(learn.messages, alpha_ppm)?),
+            None => None,
+        };
+        let snapshot = match &self.baseline {
+            Some(text) => {
+                let bytes: Vec<u8> =
+                    STANDARD.decode(text.trim()).map_err(|error| ConfigError::Base64(error.to_string()))?;
+                Snapshot::decode(&bytes)?
+            }
+            None if learning.is_none() => return Err(ConfigError::Nothing),
+            None => Snapshot::default(),
+        };
+        Ok(Config {
+            name: self.name,
+            settings: Settings {
+                alpha_ppm,
+                learning,
+                training: TrainingOptions {
+                    max_ngrams: limits.max_ngrams,
+                    max_table_bytes: limits.max_table_bytes,
+                    max_unit_bytes: limits.max_learned_unit_bytes,
+                    ..TrainingOptions::default()
+                },
+                max_streams: limits.max_streams,
+            },
+            snapshot,
+            max_body_bytes: limits.max_body_bytes,
+            uninspectable: self.uninspectable,
+            report: self.report,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::format;
+
+    fn message(json: &str) -> String {
+        Config::parse(json.as_bytes()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn nothing_means_the_defaults() {
+        let config = Config::parse(b" \n").unwrap();
+        assert_eq!(config, Config::parse(b"{}").unwrap());
+        assert_eq!((config.settings.alpha_ppm, config.name.as_str()), (2000, "default"));
+        assert_eq!(config.settings.learning.unwrap().messages(), 1000);
+    }
+
+    #[test]
+    fn every_knob_reaches_the_settings() {
+        let config = Config::parse(
+            br#"{"name": "edge", "alpha": 0.01, "learn": {"messages": 400}, "uninspectable": "refuse",
+                 "limits": {"max_body_bytes": 2048, "max_streams": 2, "max_ngrams": 4096, "max_table_bytes": 65536,
+                            "max_learned_unit_bytes": 100},
+                 "report": {"response_headers": false, "filter_state": false, "log": "always"}}"#,
+        )
+        .unwrap();
+        assert_eq!((config.name.as_str(), config.settings.alpha_ppm), ("edge", 10_000));
+        assert_eq!(config.settings.learning.unwrap().messages(), 400);
+        assert_eq!((config.max_body_bytes, config.settings.max_streams), (2048, 2));
+        let training = config.settings.training;
+        assert_eq!(
+            (training.max_ngrams, training.max_table_bytes, training.max_unit_bytes),
+            (4096, 65536, 100)
+        );
+        assert_eq!(config.uninspectable, Uninspectable::Refuse);
+        let report = Report { response_headers: false, filter_state: false, log: LogPolicy::Always };
+        assert_eq!(config.report, report);
+    }
+
+    #[test]
+    fn errors_name_the_field_and_the_reason() {
+        for (json, parts) in [
+            (r#"{"alhpa": 1}"#, ["alhpa", "unknown field `alhpa`"]),
+            (r#"{"learn": {"messages": 400, "mesages": 1}}"#, ["learn.mesages", "unknown field"]),
+            (r#"{"learn": {"messages": "many"}}"#, ["learn.messages", "invalid type"]),
+            (r#"{"learn": {"messages": 20}}"#, ["learn.messages", "at least 749"]),
+            (r#"{"alpha": 0.7}"#, ["alpha", "0.7"]),
+            (r#"{"baseline": "%%%"}"#, ["baseline", "not base64"]),
+            (r#"{"baseline": "aGVsbG8="}"#, ["baseline", "not a Driftlock baseline"]),
+            (r#"{"learn": null}"#, ["nothing could ever be judged", "baseline"]),
+            (r#"{"limits": {"max_body_bytes": 5}}"#, ["limits.max_body_bytes", "1024"]),
+            (r#"{"name": "a/b"}"#, ["name", "a/b"]),
+            (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),
+            (r#"{} {}"#, ["the end", "trailing"]),
+        ] {
+            let message = message(json);
+            for part in parts {
+                assert!(message.contains(part), "{json}: {message}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_baseline_is_refused() {
+        let mut bytes = Snapshot::default().encode();
+        let text = |bytes: &[u8]| format!(r#"{{"baseline": "{}"}}"#, STANDARD.encode(bytes));
+        assert!(Config::parse(text(&bytes).as_bytes()).is_ok());
+        bytes[12] ^= 1;
+        assert!(message(&text(&bytes)).contains("damaged"));
+    }
+}

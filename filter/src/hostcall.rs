@@ -1,0 +1,175 @@
+//! Host calls that cannot panic.
+//!
+//! What: the few proxy-wasm imports (ABI 0.2.1) that the filter needs, each returning a status instead
+//! of panicking. Why: `proxy_wasm::hostcalls` panics on a status it does not expect, such as
+//! BadArgument for a header set too late, and a panic kills the VM for every stream on the worker.
+//!
+//! Cost: what the import costs, and one copy out of the host for reads.
+//!
+//! Left out on purpose: every call that the filter does not make.
+
+use driftlock_inspect::host::HostError;
+
+/// `proxy_map_type_t`.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum MapType {
+    /// Request headers.
+    RequestHeaders = 0,
+    /// Response headers.
+    ResponseHeaders = 2,
+}
+
+/// `proxy_buffer_type_t`.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum BufferType {
+    /// Request body.
+    RequestBody = 0,
+    /// Response body.
+    ResponseBody = 1,
+    /// Plugin configuration.
+    PluginConfiguration = 7,
+}
+
+const OK: u32 = 0;
+const NOT_FOUND: u32 = 1;
+const COUNTER: u32 = 0;
+const NO_GRPC_STATUS: i32 = -1;
+
+#[link(wasm_import_module = "env")]
+unsafe extern "C" {
+    fn proxy_log(level: u32, data: *const u8, size: usize) -> u32;
+    fn proxy_get_buffer_bytes(
+        kind: u32,
+        start: usize,
+        max: usize,
+        data: *mut *mut u8,
+        size: *mut usize,
+    ) -> u32;
+    fn proxy_get_header_map_value(
+        map: u32,
+        key: *const u8,
+        key_size: usize,
+        data: *mut *mut u8,
+        size: *mut usize,
+    ) -> u32;
+    fn proxy_replace_header_map_value(
+        map: u32,
+        key: *const u8,
+        key_size: usize,
+        value: *const u8,
+        value_size: usize,
+    ) -> u32;
+    fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> u32;
+    fn proxy_define_metric(kind: u32, name: *const u8, size: usize, id: *mut u32) -> u32;
+    fn proxy_increment_metric(id: u32, by: i64) -> u32;
+    fn proxy_send_local_response(
+        status: u32,
+        details: *const u8,
+        details_size: usize,
+        body: *const u8,
+        body_size: usize,
+        headers: *const u8,
+        headers_size: usize,
+        grpc_status: i32,
+    ) -> u32;
+}
+
+fn checked(status: u32) -> Result<(), HostError> {
+    if status == OK { Ok(()) } else { Err(HostError(status)) }
+}
+
+/// Bytes that the host allocated in our memory through `proxy_on_memory_allocate`.
+fn owned(data: *mut u8, size: usize) -> Vec<u8> {
+    if data.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: the host obtained `data` from this module's `proxy_on_memory_allocate(size)` (the SDK's,
+    // a `Vec` of capacity `size`), wrote all `size` bytes, and gives up ownership by returning it.
+    unsafe { Vec::from_raw_parts(data, size, size) }
+}
+
+/// `proxy_log` with the level's number in the ABI: 2 info, 3 warn, 4 error.
+pub(crate) fn log(level: u32, line: &str) {
+    // SAFETY: pointer and length are of a live slice, which the host only reads.
+    unsafe { proxy_log(level, line.as_ptr(), line.len()) };
+}
+
+pub(crate) fn buffer(kind: BufferType, start: usize, max: usize) -> Result<Vec<u8>, HostError> {
+    let (mut data, mut size) = (core::ptr::null_mut(), 0);
+    // SAFETY: both out-pointers are live locals of the right type.
+    match unsafe { proxy_get_buffer_bytes(kind as u32, start, max, &mut data, &mut size) } {
+        NOT_FOUND => Ok(Vec::new()),
+        status => checked(status).map(|()| owned(data, size)),
+    }
+}
+
+pub(crate) fn header(map: MapType, name: &str) -> Result<Option<Vec<u8>>, HostError> {
+    let (mut data, mut size) = (core::ptr::null_mut(), 0);
+    // SAFETY: the name is a live slice, both out-pointers are live locals of the right type.
+    let status =
+        unsafe { proxy_get_header_map_value(map as u32, name.as_ptr(), name.len(), &mut data, &mut size) };
+    match status {
+        NOT_FOUND => Ok(None),
+        // A host may answer OK with no pointer for a header that is not there.
+        status => checked(status).map(|()| (!data.is_null()).then(|| owned(data, size))),
+    }
+}
+
+pub(crate) fn set_header(map: MapType, name: &str, value: &str) -> Result<(), HostError> {
+    // SAFETY: pointers and lengths are of live slices, which the host only reads.
+    checked(unsafe {
+        proxy_replace_header_map_value(map as u32, name.as_ptr(), name.len(), value.as_ptr(), value.len())
+    })
+}
+
+/// `path` is one element: a NUL inside it would split it.
+pub(crate) fn set_property(path: &str, value: &str) -> Result<(), HostError> {
+    // SAFETY: pointers and lengths are of live slices, which the host only reads.
+    checked(unsafe { proxy_set_property(path.as_ptr(), path.len(), value.as_ptr(), value.len()) })
+}
+
+pub(crate) fn define_counter(name: &str) -> Result<u32, HostError> {
+    let mut id = 0;
+    // SAFETY: the name is a live slice, the out-pointer a live local.
+    checked(unsafe { proxy_define_metric(COUNTER, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
+}
+
+pub(crate) fn increment(id: u32, by: i64) -> Result<(), HostError> {
+    // SAFETY: takes no pointers.
+    checked(unsafe { proxy_increment_metric(id, by) })
+}
+
+/// Answers with a JSON body. `details` goes to `%RESPONSE_CODE_DETAILS%`.
+pub(crate) fn send_json(status: u16, details: &str, body: &str) -> Result<(), HostError> {
+    let headers = serialised(&[("content-type", "application/json")]);
+    // SAFETY: pointers and lengths are of live slices, which the host only reads.
+    checked(unsafe {
+        proxy_send_local_response(
+            u32::from(status),
+            details.as_ptr(),
+            details.len(),
+            body.as_ptr(),
+            body.len(),
+            headers.as_ptr(),
+            headers.len(),
+            NO_GRPC_STATUS,
+        )
+    })
+}
+
+/// Header pairs in the ABI's form: count, sizes, then each string with a NUL.
+fn serialised(pairs: &[(&str, &str)]) -> Vec<u8> {
+    let mut out = Vec::new();
+    out.extend_from_slice(&(pairs.len() as u32).to_le_bytes());
+    for (name, value) in pairs {
+        out.extend_from_slice(&(name.len() as u32).to_le_bytes());
+        out.extend_from_slice(&(value.len() as u32).to_le_bytes());
+    }
+    for text in pairs.iter().flat_map(|(name, value)| [name, value]) {
+        out.extend_from_slice(text.as_bytes());
+        out.push(0);
+    }
+    out
+}
