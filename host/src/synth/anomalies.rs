@@ -10,7 +10,8 @@
 //!
 //! Texts are written for this project and random where they look secret: no real key, no real
 //! person. Spans are byte offsets in the unit's decoded text (the message's content, not its JSON
-//! escapes); a target is taken as sent, still percent-encoded.
+//! escapes). The `target` unit is the method, a space and the path with its query as sent, still
+//! percent-encoded: `GET /api/orders/4711?page=2`.
 
 use super::apps::{self, App};
 use super::chat::{Backend, Completion, Message, Reply};
@@ -42,7 +43,8 @@ pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dic
         "jailbreak" => {
             let marked = scene.expand("jailbreak", dice);
             let (payload, _) = unmark(&marked);
-            let lead = if dice.percent(40) { ordinary_question(app, unix_s, dice) + "\n\n" } else { String::new() };
+            let lead =
+                if dice.percent(40) { ordinary_question(app, unix_s, dice) + "\n\n" } else { String::new() };
             let span = lead.len()..lead.len() + payload.len();
             let conversation = conversation::draw(app, unix_s, Twist::UserSays(&(lead + &payload)), dice);
             let index = conversation.messages.iter().filter(|m| matches!(m, Message::User(_))).count() - 1;
@@ -82,14 +84,15 @@ pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dic
             let marked = Scene::new(&traffic.rest, unix_s).expand("sqli.target", dice);
             let (target, marks) = unmark(&marked);
             let (request, response) = rest::lookup(&traffic.rest, target, unix_s, dice);
+            let method_len = request.method.len() + 1;
             let spans = marks
                 .into_iter()
                 .map(|(start, end)| Span {
                     direction: Direction::Request,
                     unit: "target".to_owned(),
                     index: 0,
-                    start,
-                    end,
+                    start: method_len + start,
+                    end: method_len + end,
                 })
                 .collect();
             Anomaly { application: super::REST, request, response, spans }

@@ -5,7 +5,17 @@
 //! (RFC 9110 section 5.6.7). Leap seconds do not exist here, as in Unix time.
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 /// 1970-01-01 was a Thursday.

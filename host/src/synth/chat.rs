@@ -71,9 +71,15 @@ pub(super) fn request(app: &App, messages: &[Message], streamed: bool) -> HttpRe
         Client::Python | Client::PythonOld => {
             [Some(messages), Some(model), max_tokens, stream, stream_options, temperature, tools].into()
         }
-        Client::Node => [Some(model), Some(messages), tools, temperature, max_tokens, stream, stream_options].into(),
-        Client::Go => [Some(model), Some(messages), max_tokens, temperature, stream, stream_options, tools].into(),
-        Client::Java => [Some(messages), Some(model), max_tokens, temperature, stream_options, tools, stream].into(),
+        Client::Node => {
+            [Some(model), Some(messages), tools, temperature, max_tokens, stream, stream_options].into()
+        }
+        Client::Go => {
+            [Some(model), Some(messages), max_tokens, temperature, stream, stream_options, tools].into()
+        }
+        Client::Java => {
+            [Some(messages), Some(model), max_tokens, temperature, stream_options, tools, stream].into()
+        }
     };
     let body = Json::Object(fields.into_iter().flatten().collect()).write(app.client.style()).into_bytes();
     let mut headers = app.client.headers();
@@ -269,7 +275,8 @@ fn whole(completion: &Completion<'_>, envelope: &Envelope) -> String {
         ("finish_reason", Json::text(envelope.finish_reason)),
     ]);
     let style = if matches!(completion.backend, Backend::Own) { INDENTED } else { COMPACT };
-    let mut body = envelope.object("chat.completion", vec![choice], Some(envelope.usage.clone()), false).write(style);
+    let mut body =
+        envelope.object("chat.completion", vec![choice], Some(envelope.usage.clone()), false).write(style);
     if matches!(completion.backend, Backend::Own) {
         body.push('\n');
     }
@@ -373,7 +380,9 @@ mod tests {
 
     #[test]
     fn deltas_concatenate_to_the_text() {
-        for (stream, text) in ["", "one", "  two  spaces \n\n and é🚀 more words than five of them", " "].iter().enumerate() {
+        for (stream, text) in
+            ["", "one", "  two  spaces \n\n and é🚀 more words than five of them", " "].iter().enumerate()
+        {
             let mut dice = Dice::new(9, stream as u64);
             assert_eq!(pieces(text, &mut dice).concat(), *text);
         }

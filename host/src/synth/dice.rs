@@ -60,14 +60,7 @@ impl Dice {
     /// A random UUID in its usual form (RFC 9562 section 5.4).
     pub(super) fn uuid(&mut self) -> String {
         let variant = self.chars(b"89ab", 1);
-        format!(
-            "{}-{}-4{}-{variant}{}-{}",
-            self.hex(8),
-            self.hex(4),
-            self.hex(3),
-            self.hex(3),
-            self.hex(12)
-        )
+        format!("{}-{}-4{}-{variant}{}-{}", self.hex(8), self.hex(4), self.hex(3), self.hex(3), self.hex(12))
     }
 }
 

@@ -49,8 +49,11 @@ impl Grammar {
             for line in source.lines().filter(|l| !l.is_empty() && !l.starts_with("%%")) {
                 if let Some(header) = line.strip_prefix("== ") {
                     let name = header.trim_end_matches(" |");
-                    let rule =
-                        Rule { is_record: name.len() != header.len(), total_weight: 0, alternatives: Vec::new() };
+                    let rule = Rule {
+                        is_record: name.len() != header.len(),
+                        total_weight: 0,
+                        alternatives: Vec::new(),
+                    };
                     rules.insert(name, rule);
                     current = Some(name);
                 } else if let Some(rule) = current.and_then(|name| rules.get_mut(name)) {
@@ -175,7 +178,9 @@ impl<'g> Scene<'g> {
             return (0..times).map(|_| self.slot(name, sticky, dice, depth)).collect();
         }
         let (name, field) = match inside.split_once('.') {
-            Some((name, digits)) if digits.bytes().all(|b| b.is_ascii_digit()) => (name, digits.parse().unwrap_or(0)),
+            Some((name, digits)) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+                (name, digits.parse().unwrap_or(0))
+            }
             _ => (inside, 0),
         };
         let value = if sticky {

@@ -91,11 +91,11 @@ impl Direction {
 pub struct Span {
     /// The message that holds them.
     pub direction: Direction,
-    /// The content unit: `user`, `assistant` or `target` (path and query).
+    /// The content unit: `user`, `assistant` or `target` (method, space, path and query).
     pub unit: String,
     /// Which of the units of that name in that message, counted from 0.
     pub index: usize,
-    /// First byte, in the unit's decoded text (the target: as sent).
+    /// First byte, in the unit's decoded text.
     pub start: usize,
     /// The byte after the last.
     pub end: usize,
@@ -125,7 +125,8 @@ struct Traffic {
 pub fn generate(options: &SynthOptions) -> Vec<LabelledExchange> {
     let traffic = Traffic { apps: apps::all(), rest: apps::rest_grammar(), attacks: apps::attack_grammar() };
     let mut places = Dice::new(options.seed, PLACE_STREAM);
-    let mut anomaly_before: Vec<u64> = (0..options.anomalies).map(|_| places.below(options.count as u64 + 1)).collect();
+    let mut anomaly_before: Vec<u64> =
+        (0..options.anomalies).map(|_| places.below(options.count as u64 + 1)).collect();
     anomaly_before.sort_unstable();
     let mut anomaly_before = anomaly_before.into_iter().enumerate().peekable();
 
@@ -212,10 +213,8 @@ fn row(labelled: &LabelledExchange) -> Json {
             ("end", Json::int(span.end as u64)),
         ])
     });
-    let mut extra = vec![
-        ("application", Json::text(&labelled.application)),
-        ("spans", Json::List(spans.collect())),
-    ];
+    let mut extra =
+        vec![("application", Json::text(&labelled.application)), ("spans", Json::List(spans.collect()))];
     if let Some(response) = &exchange.response {
         let start = format!("HTTP/1.1 {} OK", response.status);
         extra.push(("response", Json::text(raw_message(&start, &response.headers, &response.body))));

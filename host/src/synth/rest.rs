@@ -38,7 +38,13 @@ pub(super) fn lookup(
     (request, response(r#"{"items":[],"page":1,"pages":0}"#.to_owned(), unix_s, dice))
 }
 
-fn request(method: String, target: String, content_type: Option<String>, body: String, agent: &str) -> HttpRequest {
+fn request(
+    method: String,
+    target: String,
+    content_type: Option<String>,
+    body: String,
+    agent: &str,
+) -> HttpRequest {
     let mut headers = vec![
         ("host".to_owned(), HOST.to_owned()),
         ("accept".to_owned(), "application/json".to_owned()),

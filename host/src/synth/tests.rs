@@ -64,7 +64,9 @@ fn user_texts(exchange: &Exchange) -> Vec<String> {
 fn pointed_at(labelled: &LabelledExchange, span: &Span) -> (String, String) {
     let unit = match (span.direction, span.unit.as_str()) {
         (Direction::Request, "user") => user_texts(&labelled.exchange)[span.index].clone(),
-        (Direction::Request, "target") => labelled.exchange.request.target.clone(),
+        (Direction::Request, "target") => {
+            format!("{} {}", labelled.exchange.request.method, labelled.exchange.request.target)
+        }
         (Direction::Response, "assistant") => answer_text(&labelled.exchange),
         other => panic!("unexpected unit {other:?}"),
     };
@@ -76,7 +78,11 @@ fn pointed_at(labelled: &LabelledExchange, span: &Span) -> (String, String) {
 fn same_options_give_the_same_bytes_on_every_platform() {
     let run = generate(&small());
     assert_eq!(sha256_hex(&run), sha256_hex(&generate(&small())));
-    assert_eq!(sha256_hex(&run), "GOLDEN", "the generator's output changed: if that was meant, update this digest");
+    assert_eq!(
+        sha256_hex(&run),
+        "2c69a2a0140fe301c48b44da298af3fe18e66e05d02f3439c36ee9160ce47aa2",
+        "the generator's output changed: if that was meant, update this digest"
+    );
     assert_ne!(sha256_hex(&run), sha256_hex(&generate(&SynthOptions { seed: 8, ..small() })));
 }
 
@@ -95,7 +101,11 @@ fn every_body_and_every_event_is_valid() {
         match content_type(&request.headers) {
             "" => assert!(request.body.is_empty()),
             "application/x-www-form-urlencoded" => {
-                assert!(request.body.iter().all(|b| b.is_ascii_graphic()), "{:?}", String::from_utf8_lossy(&request.body));
+                assert!(
+                    request.body.iter().all(|b| b.is_ascii_graphic()),
+                    "{:?}",
+                    String::from_utf8_lossy(&request.body)
+                );
             }
             kind if kind.starts_with("application/json") => {
                 json(&request.body);
@@ -108,7 +118,9 @@ fn every_body_and_every_event_is_valid() {
             assert_eq!(data.last().unwrap(), "[DONE]");
             let chunks: Vec<Value> = data[..data.len() - 1].iter().map(|d| json(d.as_bytes())).collect();
             assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
-            assert!(chunks.iter().all(|c| c["id"] == chunks[0]["id"] && c["object"] == "chat.completion.chunk"));
+            assert!(
+                chunks.iter().all(|c| c["id"] == chunks[0]["id"] && c["object"] == "chat.completion.chunk")
+            );
             let finished = chunks.iter().filter(|c| c["choices"][0]["finish_reason"].is_string()).count();
             assert_eq!(finished, 1);
         } else {
@@ -151,7 +163,10 @@ fn spans_point_at_the_attack_and_at_nothing_else() {
         let (inside, outside) = pointed_at(&labelled, &labelled.spans[0]);
         match labelled.label.as_str() {
             "jailbreak" => {
-                assert!(inside.len() > 200 && inside.ends_with('.') && inside.starts_with(char::is_uppercase), "{inside}");
+                assert!(
+                    inside.len() > 200 && inside.ends_with('.') && inside.starts_with(char::is_uppercase),
+                    "{inside}"
+                );
                 assert!(outside.is_empty() || outside.ends_with("\n\n"), "{outside}");
                 assert_eq!(labelled.spans[0].index + 1, user_texts(&labelled.exchange).len());
             }
@@ -160,7 +175,8 @@ fn spans_point_at_the_attack_and_at_nothing_else() {
                 assert!(outside.ends_with("\n\n") && outside.len() < 80, "{outside}");
             }
             "repetition" => {
-                let period = (1..=200).find(|p| inside.bytes().zip(inside.bytes().skip(*p)).all(|(a, b)| a == b));
+                let period =
+                    (1..=200).find(|p| inside.bytes().zip(inside.bytes().skip(*p)).all(|(a, b)| a == b));
                 assert!(period.is_some() && inside.len() > 600, "{inside}");
                 assert!(outside.len() <= 90, "{outside}");
             }
@@ -170,10 +186,14 @@ fn spans_point_at_the_attack_and_at_nothing_else() {
                 assert!(String::from_utf8_lossy(response).contains("\"id\":\"gen-"));
             }
             "sql_injection" => {
-                let inside = percent_encoding::percent_decode_str(&inside).decode_utf8().unwrap().to_uppercase();
+                let inside =
+                    percent_encoding::percent_decode_str(&inside).decode_utf8().unwrap().to_uppercase();
                 let tell = ["SELECT", " OR ", "DROP", "EXEC"];
                 assert!(tell.iter().any(|t| inside.contains(t)), "{inside}");
-                assert!(outside.starts_with("/api/") && !outside.contains('\'') && !outside.contains('%'), "{outside}");
+                assert!(
+                    outside.starts_with("GET /api/") && !outside.contains('\'') && !outside.contains('%'),
+                    "{outside}"
+                );
             }
             other => panic!("unknown family {other}"),
         }
@@ -216,8 +236,12 @@ fn shares_are_those_of_a_gateway() {
 #[test]
 fn user_messages_differ() {
     let run = generate(&SynthOptions { count: 3_000, anomalies: 0, ..small() });
-    let messages: Vec<String> =
-        run.iter().filter(|l| is_chat(&l.exchange)).flat_map(|l| user_texts(&l.exchange)).take(2_000).collect();
+    let messages: Vec<String> = run
+        .iter()
+        .filter(|l| is_chat(&l.exchange))
+        .flat_map(|l| user_texts(&l.exchange))
+        .take(2_000)
+        .collect();
     assert_eq!(messages.len(), 2_000);
     let distinct: BTreeSet<&String> = messages.iter().collect();
     assert!(distinct.len() >= 1_900, "{} of 2000 distinct", distinct.len());
@@ -234,7 +258,10 @@ fn no_slot_or_escape_is_left_in_the_text() {
         }
         if is_chat(&labelled.exchange) {
             let spoken = user_texts(&labelled.exchange).join("\n");
-            assert!(!spoken.contains("  ") || labelled.application == "code-review", "double space: {spoken}");
+            assert!(
+                !spoken.contains("  ") || labelled.application == "code-review",
+                "double space: {spoken}"
+            );
             assert!(!spoken.contains(" ."), "space before a full stop: {spoken}");
         }
     }
@@ -245,7 +272,13 @@ fn rows_read_back_as_the_same_exchanges() {
     let run = generate(&SynthOptions { count: 60, anomalies: 10, ..small() });
     let dir = tempfile::tempdir().unwrap();
     for name in ["run.jsonl", "run.jsonl.gz"] {
-        let args = Args { count: 60, anomalies: 10, seed: 7, start: small().start_unix_s, out: dir.path().join(name) };
+        let args = Args {
+            count: 60,
+            anomalies: 10,
+            seed: 7,
+            start: small().start_unix_s,
+            out: dir.path().join(name),
+        };
         super::run(&args).unwrap();
         let rows = crate::capture::open(&args.out).unwrap();
         let read: Vec<Exchange> = rows.map(|row| row.unwrap().into_exchange().unwrap()).collect();
