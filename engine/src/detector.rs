@@ -122,14 +122,19 @@ pub struct Detector {
 
 #[derive(Debug)]
 enum Stream {
-    Training(StreamTrainer),
+    Training {
+        plan: LearningPlan,
+        trainer: StreamTrainer,
+    },
     Tuning {
+        plan: LearningPlan,
         models: Models,
         held_out: Vec<Vec<TrainingUnit>>,
         held_bytes: usize,
         seen: u32,
     },
     Calibrating {
+        plan: LearningPlan,
         baseline: Arc<StreamBaseline>,
         statistics: Vec<i64>,
     },
@@ -192,6 +197,13 @@ impl Detector {
         Self { settings, streams }
     }
 
+    /// Has `stream` learn by a plan of its own, from nothing. For training offline, where the number of
+    /// messages is known.
+    pub fn learn_by(&mut self, stream: &str, plan: LearningPlan) {
+        let trainer = StreamTrainer::new(self.settings.training);
+        self.streams.insert(stream.to_owned(), Stream::Training { plan, trainer });
+    }
+
     /// What it was told.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -216,13 +228,15 @@ impl Detector {
         let key = if full { OVERFLOW_STREAM } else { stream };
         if !self.streams.contains_key(key) {
             let fresh = match self.settings.learning {
-                Some(_) => Stream::Training(StreamTrainer::new(self.settings.training)),
+                Some(plan) => Stream::Training { plan, trainer: StreamTrainer::new(self.settings.training) },
                 None => Stream::Closed,
             };
             self.streams.insert(key.to_owned(), fresh);
         }
         let mode = match self.streams.get(key) {
-            Some(Stream::Training(_) | Stream::Tuning { .. }) => Mode::Learn { units: Vec::new(), bytes: 0 },
+            Some(Stream::Training { .. } | Stream::Tuning { .. }) => {
+                Mode::Learn { units: Vec::new(), bytes: 0 }
+            }
             Some(Stream::Calibrating { baseline, .. } | Stream::Frozen(baseline)) => {
                 Mode::Score { baseline: Arc::clone(baseline), open: Vec::new(), done: Finished::default() }
             }
@@ -297,51 +311,48 @@ impl Detector {
         verdict
     }
 
-    fn progress(&self, seen: u32) -> String {
-        format!("learning {seen}/{}", self.settings.learning.map_or(0, LearningPlan::messages))
-    }
-
     /// Learns from one message; says how far the stream is.
     fn learn(&mut self, key: &str, units: Vec<TrainingUnit>) -> String {
-        let Some(plan) = self.settings.learning else { return "no_baseline".to_owned() };
         let Some(stream) = self.streams.get_mut(key) else { return "no_baseline".to_owned() };
-        let mut seen = plan.train + plan.tune;
         match stream {
-            Stream::Training(trainer) => {
+            Stream::Training { plan, trainer } => {
                 trainer.train(&units);
-                seen = trainer.messages();
+                let (plan, seen) = (*plan, trainer.messages());
                 if seen >= plan.train {
                     let trainer = core::mem::replace(trainer, StreamTrainer::new(self.settings.training));
                     let models = trainer.freeze();
-                    *stream = Stream::Tuning { models, held_out: Vec::new(), held_bytes: 0, seen: 0 };
+                    *stream = Stream::Tuning { plan, models, held_out: Vec::new(), held_bytes: 0, seen: 0 };
                 }
+                progress(seen, plan)
             }
-            Stream::Tuning { held_out, held_bytes, seen: tuned, .. } => {
+            Stream::Tuning { plan, held_out, held_bytes, seen, .. } => {
                 let bytes: usize = units.iter().map(|(_, text)| text.len()).sum();
                 if *held_bytes + bytes <= MAX_HELD_OUT {
                     *held_bytes += bytes;
                     held_out.push(units);
                 }
-                *tuned += 1;
-                seen = plan.train + *tuned;
-                if *tuned >= plan.tune
+                *seen += 1;
+                let (plan, tuned) = (*plan, *seen);
+                if tuned >= plan.tune
                     && let Stream::Tuning { models, held_out, .. } =
                         core::mem::replace(stream, Stream::Closed)
                 {
                     let baseline = Arc::new(models.tune(key, &held_out));
-                    *stream = Stream::Calibrating { baseline, statistics: Vec::new() };
+                    *stream = Stream::Calibrating { plan, baseline, statistics: Vec::new() };
                 }
+                progress(plan.train + tuned, plan)
             }
             // Begun while the stream was training, ended after: not learned from.
-            Stream::Calibrating { .. } | Stream::Frozen(_) | Stream::Closed => {}
+            Stream::Calibrating { .. } | Stream::Frozen(_) | Stream::Closed => "learning_ended".to_owned(),
         }
-        self.progress(seen)
     }
 
     /// The statistics under collection, if the stream still calibrates this very baseline.
     fn calibrating(&mut self, key: &str, baseline: &Arc<StreamBaseline>) -> Option<&mut Vec<i64>> {
         match self.streams.get_mut(key) {
-            Some(Stream::Calibrating { baseline: current, statistics }) if Arc::ptr_eq(current, baseline) => {
+            Some(Stream::Calibrating { baseline: current, statistics, .. })
+                if Arc::ptr_eq(current, baseline) =>
+            {
                 Some(statistics)
             }
             _ => None,
@@ -350,20 +361,20 @@ impl Detector {
 
     /// Freezes the stream if its calibration is complete; says how far it is.
     fn calibrated(&mut self, key: &str) -> String {
-        let Some(plan) = self.settings.learning else { return String::new() };
-        let mut seen = plan.messages();
-        if let Some(stream) = self.streams.get_mut(key)
-            && let Stream::Calibrating { baseline, statistics } = stream
-        {
-            seen = plan.train + plan.tune + statistics.len() as u32;
-            if statistics.len() >= plan.calibrate as usize {
-                let mut baseline = StreamBaseline::clone(baseline);
-                baseline.calibrate(core::mem::take(statistics));
-                *stream = Stream::Frozen(Arc::new(baseline));
-            }
+        let Some(stream) = self.streams.get_mut(key) else { return String::new() };
+        let Stream::Calibrating { plan, baseline, statistics } = stream else { return String::new() };
+        let progress = progress(plan.train + plan.tune + statistics.len() as u32, *plan);
+        if statistics.len() >= plan.calibrate as usize {
+            let mut baseline = StreamBaseline::clone(baseline);
+            baseline.calibrate(core::mem::take(statistics));
+            *stream = Stream::Frozen(Arc::new(baseline));
         }
-        self.progress(seen)
+        progress
     }
+}
+
+fn progress(seen: u32, plan: LearningPlan) -> String {
+    format!("learning {seen}/{}", plan.messages())
 }
 
 impl Message {

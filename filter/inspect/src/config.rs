@@ -14,6 +14,7 @@ use alloc::vec::Vec;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use driftlock_engine::baseline::{Snapshot, SnapshotError, TrainingOptions};
+use driftlock_engine::calibrate::messages_for_alpha;
 use driftlock_engine::detector::{LearningPlan, PlanError, Settings};
 use serde::Deserialize;
 
@@ -102,6 +103,18 @@ pub enum ConfigError {
     /// `baseline` is no usable snapshot.
     #[error("plugin configuration, at baseline: {0}")]
     Baseline(#[from] SnapshotError),
+    /// A stream's calibration is too small for `alpha`, so it could never raise an alarm.
+    #[error(
+        "plugin configuration, at alpha: the baseline of stream {stream} has {calibrated} calibration messages and can reach alpha {least} at best; raise alpha or train on more"
+    )]
+    AlphaOutOfReach {
+        /// Stream key.
+        stream: String,
+        /// Calibration messages.
+        calibrated: usize,
+        /// 1 / (n + 1).
+        least: f64,
+    },
     /// Neither a baseline nor learning.
     #[error(
         "plugin configuration: learn is null and there is no baseline, so nothing could ever be judged; give one of them"
@@ -236,6 +249,14 @@ impl Document {
             None if learning.is_none() => return Err(ConfigError::Nothing),
             None => Snapshot::default(),
         };
+        for baseline in snapshot.streams() {
+            let calibrated = baseline.calibration().statistics().len();
+            if calibrated < messages_for_alpha(alpha_ppm) as usize {
+                let least = 1.0 / (calibrated as f64 + 1.0);
+                let stream = baseline.stream().to_string();
+                return Err(ConfigError::AlphaOutOfReach { stream, calibrated, least });
+            }
+        }
         Ok(Config {
             name: self.name,
             settings: Settings {

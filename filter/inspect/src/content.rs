@@ -104,22 +104,30 @@ pub trait Sink {
 #[non_exhaustive]
 pub enum ContentError {
     /// The JSON document is not closed.
-    #[error("the body ends inside a JSON document: look for a dropped connection or a body size limit before the filter")]
+    #[error(
+        "the body ends inside a JSON document: look for a dropped connection or a body size limit before the filter"
+    )]
     Truncated,
     /// Not JSON at this byte.
-    #[error("the body is not valid JSON at byte {offset}: compare the sender's content-type and encoding with what it sends")]
+    #[error(
+        "the body is not valid JSON at byte {offset}: compare the sender's content-type and encoding with what it sends"
+    )]
     Malformed {
         /// Position in the decoded body.
         offset: u64,
     },
     /// More than 64 containers inside one another.
-    #[error("the JSON at byte {offset} is nested deeper than 64 levels: flatten it, or let this route pass uninspected")]
+    #[error(
+        "the JSON at byte {offset} is nested deeper than 64 levels: flatten it, or let this route pass uninspected"
+    )]
     TooDeep {
         /// Position in the decoded body.
         offset: u64,
     },
     /// Not UTF-8 at this byte.
-    #[error("the body is not valid UTF-8 at byte {offset}: send UTF-8, or a content-type that names the format")]
+    #[error(
+        "the body is not valid UTF-8 at byte {offset}: send UTF-8, or a content-type that names the format"
+    )]
     InvalidUtf8 {
         /// Position in the decoded body.
         offset: u64,
@@ -251,43 +259,64 @@ impl Media {
         let essence = content_type.unwrap_or_default().split(|byte| *byte == b';').next();
         let essence = essence.unwrap_or_default().trim_ascii();
         let is = |name: &[u8]| essence.eq_ignore_ascii_case(name);
-        let starts = |prefix: &[u8]| essence.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
+        let starts =
+            |prefix: &[u8]| essence.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
         let ends = |suffix: &[u8]| {
             let from = essence.len().checked_sub(suffix.len());
             from.and_then(|from| essence.get(from..)).is_some_and(|s| s.eq_ignore_ascii_case(suffix))
         };
         let any = |names: &[&[u8]]| names.iter().any(|name| is(name));
-        Ok(if any(&[b"application/x-ndjson", b"application/ndjson", b"application/jsonl", b"application/stream+json"])
-        {
-            Self::JsonLines
-        } else if is(b"application/json") || is(b"text/json") || ends(b"+json") {
-            Self::Json
-        } else if is(b"text/event-stream") {
-            Self::EventStream
-        } else if is(b"application/x-www-form-urlencoded") {
-            Self::Form
-        } else if starts(b"text/")
-            || ends(b"+xml")
-            || any(&[b"application/xml", b"application/javascript", b"application/graphql"])
-            || any(&[b"application/yaml", b"application/x-yaml", b"application/toml", b"application/sql"])
-        {
-            Self::Text
-        } else if is(b"application/vnd.amazon.eventstream") {
-            return Err(NotInspected::AmazonEventStream);
-        } else if starts(b"multipart/") {
-            return Err(NotInspected::Multipart);
-        } else if starts(b"application/grpc")
-            || any(&[b"application/protobuf", b"application/x-protobuf", b"application/vnd.google.protobuf"])
-        {
-            return Err(NotInspected::Protobuf);
-        } else if [&b"image/"[..], b"audio/", b"video/", b"font/", b"model/"].iter().any(|p| starts(p))
-            || any(&[b"application/octet-stream", b"application/zip", b"application/gzip", b"application/pdf"])
-            || any(&[b"application/wasm", b"application/cbor", b"application/msgpack", b"application/x-tar"])
-        {
-            return Err(NotInspected::Binary);
-        } else {
-            Self::Unknown
-        })
+        Ok(
+            if any(&[
+                b"application/x-ndjson",
+                b"application/ndjson",
+                b"application/jsonl",
+                b"application/stream+json",
+            ]) {
+                Self::JsonLines
+            } else if is(b"application/json") || is(b"text/json") || ends(b"+json") {
+                Self::Json
+            } else if is(b"text/event-stream") {
+                Self::EventStream
+            } else if is(b"application/x-www-form-urlencoded") {
+                Self::Form
+            } else if starts(b"text/")
+                || ends(b"+xml")
+                || any(&[b"application/xml", b"application/javascript", b"application/graphql"])
+                || any(&[b"application/yaml", b"application/x-yaml", b"application/toml", b"application/sql"])
+            {
+                Self::Text
+            } else if is(b"application/vnd.amazon.eventstream") {
+                return Err(NotInspected::AmazonEventStream);
+            } else if starts(b"multipart/") {
+                return Err(NotInspected::Multipart);
+            } else if starts(b"application/grpc")
+                || any(&[
+                    b"application/protobuf",
+                    b"application/x-protobuf",
+                    b"application/vnd.google.protobuf",
+                ])
+            {
+                return Err(NotInspected::Protobuf);
+            } else if [&b"image/"[..], b"audio/", b"video/", b"font/", b"model/"].iter().any(|p| starts(p))
+                || any(&[
+                    b"application/octet-stream",
+                    b"application/zip",
+                    b"application/gzip",
+                    b"application/pdf",
+                ])
+                || any(&[
+                    b"application/wasm",
+                    b"application/cbor",
+                    b"application/msgpack",
+                    b"application/x-tar",
+                ])
+            {
+                return Err(NotInspected::Binary);
+            } else {
+                Self::Unknown
+            },
+        )
     }
 }
 
@@ -301,7 +330,9 @@ enum Parser {
     /// Text whose content-type did not say so.
     CheckedText(Utf8, Option<ContentError>),
     /// Nothing but blanks so far; a JSON document would be an answer of the chat API or just JSON.
-    Unknown { chat: bool },
+    Unknown {
+        chat: bool,
+    },
 }
 
 /// Reads one body. Make one per direction of an exchange.
@@ -333,7 +364,10 @@ impl BodyParser {
     ///
     /// # Errors
     /// The reason why such bodies are not inspected.
-    pub fn for_response(request: Option<ApiStyle>, content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
+    pub fn for_response(
+        request: Option<ApiStyle>,
+        content_type: Option<&[u8]>,
+    ) -> Result<Self, NotInspected> {
         let media = Media::of(content_type)?;
         if request != Some(ApiStyle::OpenAiChat) {
             return Ok(Self::generic(media));

@@ -199,9 +199,9 @@ impl Tokenizer {
                         Some(next) => {
                             self.state = State::Number(next);
                             self.integer = match (next, byte) {
-                                (Number::Integer, b'0'..=b'9') => self
-                                    .integer
-                                    .and_then(|value| value.checked_mul(10)?.checked_add(u64::from(byte - b'0'))),
+                                (Number::Integer, b'0'..=b'9') => self.integer.and_then(|value| {
+                                    value.checked_mul(10)?.checked_add(u64::from(byte - b'0'))
+                                }),
                                 _ => None,
                             };
                         }
@@ -619,5 +619,217 @@ impl Utf8 {
             _ => return false,
         };
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::String;
+    use alloc::vec::Vec;
+    use proptest::prelude::*;
+
+    /// Strings and keys as they are told, and the text of values.
+    #[derive(Default, Debug, PartialEq, Eq)]
+    struct Told {
+        structure: String,
+        text: Vec<u8>,
+        integers: Vec<Option<u64>>,
+    }
+
+    impl Handler for Told {
+        fn begin(&mut self, container: Container, _: usize) {
+            self.structure.push(if container == Container::Object { '{' } else { '[' });
+        }
+        fn end(&mut self, container: Container, _: usize) {
+            self.structure.push(if container == Container::Object { '}' } else { ']' });
+        }
+        fn key_begin(&mut self, _: usize) {}
+        fn key(&mut self, key: Option<&[u8]>) {
+            self.structure.push_str(key.map_or("?", |key| core::str::from_utf8(key).unwrap()));
+            self.structure.push(':');
+        }
+        fn string_begin(&mut self, _: usize) -> bool {
+            self.structure.push('"');
+            true
+        }
+        fn text(&mut self, run: &[u8], _: usize) {
+            self.text.extend_from_slice(run);
+        }
+        fn escape(&mut self, _: &[u8], decoded: &[u8], _: u64) {
+            self.text.extend_from_slice(decoded);
+        }
+        fn string_end(&mut self, _: usize) {
+            self.text.push(b'|');
+        }
+        fn scalar_begin(&mut self, _: usize) {
+            self.structure.push('0');
+        }
+        fn scalar_end(&mut self, _: usize, value: Option<u64>) {
+            self.integers.push(value);
+        }
+    }
+
+    fn tell(body: &[u8], step: usize) -> (Told, Result<(), ContentError>) {
+        let (mut tokenizer, mut told, mut base) = (Tokenizer::new(false), Told::default(), 0);
+        for chunk in body.chunks(step) {
+            tokenizer.push(chunk, base, &mut told);
+            base += chunk.len() as u64;
+        }
+        let result = tokenizer.finish(&mut told);
+        (told, result)
+    }
+
+    fn error(body: &[u8]) -> ContentError {
+        let errors: Vec<_> = (1..=body.len()).map(|step| tell(body, step).1.unwrap_err()).collect();
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+        errors[0]
+    }
+
+    #[test]
+    fn errors_carry_the_offending_byte() {
+        let at = |offset| ContentError::Malformed { offset };
+        assert_eq!(error(b"{\"a\":}"), at(5));
+        assert_eq!(error(b"{\"a\":1,}"), at(7));
+        assert_eq!(error(b"{a:1}"), at(1));
+        assert_eq!(error(b"[1,2}"), at(4));
+        assert_eq!(error(b"[1] x"), at(4));
+        assert_eq!(error(b"[01]"), at(2));
+        assert_eq!(error(b"[1.]"), at(3));
+        assert_eq!(error(b"[-]"), at(2));
+        assert_eq!(error(b"[1e+]"), at(4));
+        assert_eq!(error(b"[nul]"), at(4));
+        assert_eq!(error(b"[NaN]"), at(1));
+        assert_eq!(error(b"[\"a\nb\"]"), at(3));
+        assert_eq!(error(b"[\"\\x\"]"), at(3));
+        assert_eq!(error(b"[\"\\u12g4\"]"), at(6));
+        assert_eq!(error(b"[\"\\ud83d\n\"]"), at(8));
+        assert_eq!(error("\u{feff}{}".as_bytes()), at(0));
+        for body in
+            [&b"{"[..], b"[1", b"\"ab", b"\"\\u12", b"tru", b"-", b"1e", b"{\"a\"", b"[\"\xe2\x82", b" "]
+        {
+            assert_eq!(error(body), ContentError::Truncated, "{body:?}");
+        }
+        let bad = |offset| ContentError::InvalidUtf8 { offset };
+        assert_eq!(error(b"[\"abc\xff\"]"), bad(5));
+        assert_eq!(error(b"[\"\xe2\x82\"]"), bad(4));
+        assert_eq!(error(b"[\"\xc3\\n\"]"), bad(3));
+        assert_eq!(error(b"[\"\xed\xa0\x80\"]"), bad(3));
+        assert_eq!(error(b"{\"\xf4\x90\":1}"), bad(3));
+    }
+
+    #[test]
+    fn depth_is_bounded() {
+        let nested = |depth: usize| [b"[".repeat(depth), b"]".repeat(depth)].concat();
+        assert_eq!(tell(&nested(64), 7).1, Ok(()));
+        assert_eq!(error(&nested(65)), ContentError::TooDeep { offset: 64 });
+    }
+
+    #[test]
+    fn integers_are_evaluated_and_keys_decoded_and_bounded() {
+        let body = br#"{"\u0061b":[0,18446744073709551615,18446744073709551616,-1,1.5,1e2,true],
+            "abcdefghijklmnopqrstuvwxyz012345":null,"abcdefghijklmnopqrstuvwxyz0123456":"x"}"#;
+        for step in 1..=body.len() {
+            let (told, result) = tell(body, step);
+            assert_eq!(result, Ok(()));
+            assert_eq!(told.structure, "{ab:[0000000]abcdefghijklmnopqrstuvwxyz012345:0?:\"}");
+            assert_eq!(told.integers, [Some(0), Some(u64::MAX), None, None, None, None, None, None]);
+        }
+    }
+
+    #[test]
+    fn lone_surrogates_become_replacement_characters() {
+        for (source, text) in [
+            ("\"\\ud83d\\ude00\"", "😀|"),
+            ("\"\\ud83d\"", "\u{fffd}|"),
+            ("\"\\ude00a\"", "\u{fffd}a|"),
+            ("\"\\ud83dx\"", "\u{fffd}x|"),
+            ("\"\\ud83d\\n\"", "\u{fffd}\n|"),
+            ("\"\\ud83d\\u0041\"", "\u{fffd}A|"),
+            ("\"\\ud83d\\ud83d\\ude00\"", "\u{fffd}😀|"),
+            ("\"\\ud83d\\ud83d\\ud83d\"", "\u{fffd}\u{fffd}\u{fffd}|"),
+        ] {
+            for step in 1..=source.len() {
+                let (told, result) = tell(source.as_bytes(), step);
+                assert_eq!(result, Ok(()));
+                assert_eq!(core::str::from_utf8(&told.text).unwrap(), text, "{source} by {step}");
+            }
+        }
+    }
+
+    /// Bytes that meet the grammar's corners often.
+    fn scraps() -> impl Strategy<Value = Vec<u8>> {
+        let scrap = prop::sample::select(alloc::vec![
+            &b"{"[..],
+            b"}",
+            b"[",
+            b"]",
+            b":",
+            b",",
+            b"\"",
+            b"\"a\"",
+            b"\"\":",
+            b"\\",
+            b"\\n",
+            b"\\u0041",
+            b"\\ud83d",
+            b"\\ude00",
+            b"0",
+            b"1",
+            b"-",
+            b".",
+            b"e",
+            b"+",
+            b"5",
+            b"true",
+            b"null",
+            b"false",
+            b"nul",
+            b" ",
+            b"\n",
+            b"\x1f",
+            b"\x7f",
+            b"\xc3",
+            b"\xa9",
+            b"\xe2\x82\xac",
+            b"\xf0\x9f",
+            b"\x98\x80",
+            b"abcdefgh",
+        ]);
+        prop::collection::vec(scrap, 0..14).prop_map(|scraps| scraps.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+
+        #[test]
+        fn accepts_what_a_whole_parse_accepts(body in scraps(), step in 1usize..9) {
+            let whole = tell(&body, usize::MAX);
+            let naive = serde_json::from_slice::<serde::de::IgnoredAny>(&body).is_ok()
+                && core::str::from_utf8(&body).is_ok();
+            prop_assert_eq!(whole.1.is_ok(), naive);
+            prop_assert_eq!(tell(&body, step), whole);
+        }
+
+        #[test]
+        fn runs_end_where_a_byte_loop_ends(bytes in prop::collection::vec(prop_oneof![
+            8 => 0x20u8..0x7f, 1 => any::<u8>(), 1 => Just(b'"'), 1 => Just(0x80)], 0..64)) {
+            let len = bytes.iter().take_while(|b| **b >= 0x20 && **b != b'"' && **b != b'\\').count();
+            prop_assert_eq!(plain_run(&bytes), (len, !bytes[..len].is_ascii()));
+        }
+
+        #[test]
+        fn utf8_in_pieces_is_utf8(bytes in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..8),
+            ".{0,6}".prop_map(String::into_bytes)], cut in 0usize..8, damage in any::<u8>(), damaged in any::<bool>()) {
+            let mut bytes = bytes;
+            let cut = cut.min(bytes.len());
+            if damaged && cut < bytes.len() { bytes[cut] = damage; }
+            let (mut whole, mut pieces) = (Utf8::new(), Utf8::new());
+            let expected = whole.push(&bytes);
+            prop_assert_eq!(expected.is_ok() && whole.is_complete(), core::str::from_utf8(&bytes).is_ok());
+            let got = pieces.push(&bytes[..cut]).and_then(|()| pieces.push(&bytes[cut..]).map_err(|at| at + cut));
+            prop_assert_eq!(got, expected);
+        }
     }
 }

@@ -10,8 +10,8 @@
 //!   choice and kind into one unit.
 //!
 //! Everything else is the [`ENVELOPE`]: the body's own bytes, with the scored texts cut out between their
-//! quotes. In values that carry media ([`is_blob_key`]) a base64 run is cut out after its first
-//! [`BLOB_SAMPLE_BYTES`] and counted; so is OpenAI's random stream padding (`obfuscation`).
+//! quotes. In values that carry media ([`is_blob_key`]) base64 (plain or in a data URL) is cut out after its
+//! first [`BLOB_SAMPLE_BYTES`] and counted; so is the random stream padding (`obfuscation`, `p`).
 //!
 //! `role` may come after `content`, and a choice's `index` after its `delta`: such text is held, at most
 //! [`MAX_HELD_BYTES`]. Beyond that a request's message counts as the user's and a choice as the one at its
@@ -180,8 +180,13 @@ enum Active {
     None,
     Scored(Kind),
     Role,
-    /// Characters in the current base64 run, how many of a run are kept, and how many were not.
-    Blob { run: usize, keep: usize, skipped: u64 },
+    /// Base64 characters seen in a row where media may stand (at the start, or after the comma of a data URL,
+    /// RFC 2397; a web address is not media), how many of them are kept, and how many were not.
+    Blob {
+        run: Option<usize>,
+        keep: usize,
+        skipped: u64,
+    },
 }
 
 /// A run or an escape of a held text.
@@ -262,7 +267,8 @@ struct OpenUnits(Vec<(StreamKey, Unit)>);
 
 impl OpenUnits {
     fn unit(&mut self, key: StreamKey, ordinals: &mut Ordinals) -> Unit {
-        let find = |units: &[(StreamKey, Unit)], key| units.iter().find(|(k, _)| *k == key).map(|&(_, unit)| unit);
+        let find =
+            |units: &[(StreamKey, Unit)], key| units.iter().find(|(k, _)| *k == key).map(|&(_, unit)| unit);
         if let Some(unit) = find(&self.0, key) {
             return unit;
         }
@@ -506,29 +512,40 @@ impl<S: Sink> Pass<'_, S> {
     /// The next source bytes of a string that may hold base64; `plain` is what they stand for.
     fn blob(&mut self, source: &[u8], plain: &[u8], body_offset: u64) {
         let Active::Blob { mut run, keep, mut skipped } = self.document.active else { return };
+        let envelope = &mut self.document.envelope;
         if source.len() != plain.len() {
             // An escape: PHP writes `\/`, MIME encoders break lines.
-            if matches!(plain, b"/" | b"\n" | b"\r") && run >= keep {
+            run = run.filter(|_| matches!(plain, b"/" | b"\n" | b"\r"));
+            if run.is_some_and(|run| run >= keep) {
                 skipped += source.len() as u64;
             } else {
-                run = if matches!(plain, b"/" | b"\n" | b"\r") { run + 1 } else { 0 };
-                self.document.envelope.put(source, body_offset, self.sink);
+                envelope.put(source, body_offset, self.sink);
             }
+            run = run.map(|run| run + 1);
         } else {
             let (mut rest, mut offset) = (source, body_offset);
             while !rest.is_empty() {
-                let base64 = rest.iter().take_while(|byte| is_base64(**byte)).count();
-                let kept = base64.min(keep.saturating_sub(run));
-                let (sample, after) = rest.split_at_checked(kept).unwrap_or((rest, &[]));
-                let (elided, after) = after.split_at_checked(base64 - kept).unwrap_or((after, &[]));
-                let other = after.iter().take_while(|byte| !is_base64(**byte)).count();
-                let (other, after) = after.split_at_checked(other).unwrap_or((after, &[]));
-                self.document.envelope.put(sample, offset, self.sink);
+                let base64 = match run {
+                    Some(_) => rest.iter().take_while(|byte| is_base64(**byte)).count(),
+                    None => 0,
+                };
+                let kept = base64.min(keep.saturating_sub(run.unwrap_or(0)));
+                run = run.map(|run| run + base64);
+                let (media, after) = rest.split_at_checked(base64).unwrap_or((rest, &[]));
+                envelope.put(media.get(..kept).unwrap_or_default(), offset, self.sink);
+                skipped += (base64 - kept) as u64;
                 offset += base64 as u64;
-                self.document.envelope.put(other, offset, self.sink);
+                // What breaks a run off is given, up to the comma after which another may begin.
+                let other =
+                    after.iter().position(|byte| *byte == b',').map_or(after.len(), |comma| comma + 1);
+                let (other, after) = after.split_at_checked(other).unwrap_or((after, &[]));
+                envelope.put(other, offset, self.sink);
                 offset += other.len() as u64;
-                skipped += elided.len() as u64;
-                run = if other.is_empty() { run + base64 } else { 0 };
+                run = match other.last() {
+                    None => run,
+                    Some(b',') => Some(0),
+                    Some(_) => None,
+                };
                 rest = after;
             }
         }
@@ -598,8 +615,8 @@ impl<S: Sink> Handler for Pass<'_, S> {
                 self.document.role_len = 0;
                 Active::Role
             }
-            Place::Blob => Active::Blob { run: 0, keep: BLOB_SAMPLE_BYTES, skipped: 0 },
-            Place::Padding => Active::Blob { run: 0, keep: 0, skipped: 0 },
+            Place::Blob => Active::Blob { run: Some(0), keep: BLOB_SAMPLE_BYTES, skipped: 0 },
+            Place::Padding => Active::Blob { run: Some(0), keep: 0, skipped: 0 },
             _ => slot.scored().map_or(Active::None, Active::Scored),
         };
         match self.document.active {

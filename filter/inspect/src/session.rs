@@ -177,6 +177,11 @@ impl Plugin {
         &self.detector
     }
 
+    /// The same, to set a stream's plan.
+    pub fn detector_mut(&mut self) -> &mut Detector {
+        &mut self.detector
+    }
+
     fn begin(
         &mut self,
         direction: Direction,

@@ -187,3 +187,130 @@ fn line_len(bytes: &[u8]) -> usize {
     }
     len + tail.iter().take_while(|byte| !matches!(byte, b'\n' | b'\r')).count()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::String;
+    use alloc::vec::Vec;
+    use proptest::prelude::*;
+
+    /// Data and other lines of each event.
+    #[derive(Debug, Default, Clone, PartialEq, Eq)]
+    struct Event {
+        data: Vec<u8>,
+        others: Vec<Vec<u8>>,
+    }
+
+    #[derive(Debug, Default)]
+    struct Events {
+        body: Vec<u8>,
+        now: Event,
+        line: Vec<u8>,
+        done: Vec<Event>,
+    }
+
+    impl Events {
+        fn check(&self, piece: &[u8], at: u64) {
+            assert!(!piece.is_empty());
+            let source = self.body.get(at as usize..at as usize + piece.len());
+            let line_end = piece == b"\n" && source.is_some_and(|source| source == b"\r");
+            assert!(line_end || source == Some(piece), "{piece:?} at {at}");
+        }
+    }
+
+    impl Handler for Events {
+        fn data(&mut self, piece: &[u8], body_offset: u64) {
+            self.check(piece, body_offset);
+            self.now.data.extend_from_slice(piece);
+        }
+        fn other(&mut self, piece: &[u8], body_offset: u64) {
+            self.check(piece, body_offset);
+            self.line.extend_from_slice(piece);
+        }
+        fn other_end(&mut self) {
+            self.now.others.push(core::mem::take(&mut self.line));
+        }
+        fn event_end(&mut self, _: u64) {
+            self.done.push(core::mem::take(&mut self.now));
+        }
+    }
+
+    fn read(body: &[u8], step: usize) -> Vec<Event> {
+        let (mut reader, mut base) = (EventReader::new(), 0);
+        let mut events = Events { body: body.to_vec(), ..Events::default() };
+        for chunk in body.chunks(step) {
+            reader.push(chunk, base, &mut events);
+            base += chunk.len() as u64;
+        }
+        reader.finish(base, &mut events);
+        assert!(events.line.is_empty() && events.now == Event::default());
+        events.done
+    }
+
+    /// The standard's steps over the whole body, and an event for an unfinished end.
+    fn naive(body: &[u8]) -> Vec<Event> {
+        let body = body.strip_prefix(BOM).unwrap_or(body);
+        let text: String = body.iter().map(|byte| char::from(*byte)).collect();
+        let text = text.replace("\r\n", "\n").replace('\r', "\n");
+        let (mut events, mut now, mut data_lines, mut lines) = (Vec::new(), Event::default(), Vec::new(), 0);
+        let bytes = |line: &str| line.chars().map(|c| c as u8).collect::<Vec<u8>>();
+        for line in text.split('\n').chain([""]) {
+            let (name, value) = line.split_once(':').unwrap_or((line, ""));
+            if line.is_empty() {
+                if lines > 0 {
+                    now.data = data_lines.join(&b'\n');
+                    events.push(core::mem::take(&mut now));
+                }
+                data_lines.clear();
+                lines = 0;
+                continue;
+            }
+            lines += 1;
+            if name == "data" {
+                data_lines.push(bytes(value.strip_prefix(' ').unwrap_or(value)));
+            } else {
+                now.others.push(bytes(line));
+            }
+        }
+        events
+    }
+
+    #[test]
+    fn the_standards_examples() {
+        let event = |data: &str, others: &[&str]| Event {
+            data: data.into(),
+            others: others.iter().map(|line| line.as_bytes().to_vec()).collect(),
+        };
+        let read_all = |body: &str| read(body.as_bytes(), 3);
+        assert_eq!(read_all("data: YHOO\ndata: +2\ndata: 10\n\n"), [event("YHOO\n+2\n10", &[])]);
+        assert_eq!(
+            read_all(
+                ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event"
+            ),
+            [
+                event("", &[": test stream"]),
+                event("first event", &["id: 1"]),
+                event("second event", &["id"]),
+                event(" third event", &[])
+            ]
+        );
+        assert_eq!(
+            read_all("data\n\ndata\ndata\n\ndata:"),
+            [event("", &[]), event("\n", &[]), event("", &[])]
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+
+        #[test]
+        fn events_are_those_of_the_whole_body(scraps in prop::collection::vec(prop::sample::select(alloc::vec![
+            &b"data"[..], b"data:", b"data: ", b"dat", b"da", b"d", b":", b" ", b"\n", b"\n\n", b"\r", b"\r\n", b"event: x",
+            b"{\"a\":1}", b"\xef\xbb\xbf", b"\xef\xbb", b"long enough for words", b"\0"]), 0..16), step in 1usize..9) {
+            let body = scraps.concat();
+            prop_assert_eq!(read(&body, usize::MAX), naive(&body));
+            prop_assert_eq!(read(&body, step), naive(&body));
+        }
+    }
+}

@@ -196,7 +196,12 @@ impl Json {
 
 /// Takes the scored strings out of a message (leaving empty ones) and gives each with its kind and call.
 fn take_message(message: &mut Json, give: &mut impl FnMut(&'static str, usize, String)) {
-    fn take(value: &mut Json, kind: &'static str, call: usize, give: &mut impl FnMut(&'static str, usize, String)) {
+    fn take(
+        value: &mut Json,
+        kind: &'static str,
+        call: usize,
+        give: &mut impl FnMut(&'static str, usize, String),
+    ) {
         if let Json::String(text) = value {
             give(kind, call, std::mem::take(text));
         }
@@ -329,10 +334,11 @@ fn naive_stream(events: &[Vec<u8>]) -> Vec<(Role, String)> {
                     if key != "delta" {
                         continue;
                     }
-                    let calls: Vec<u64> = (delta.at("tool_calls").map(Json::elements).unwrap_or_default().iter())
-                        .enumerate()
-                        .map(|(p, call)| call.at("index").and_then(Json::number).unwrap_or(p as u64))
-                        .collect();
+                    let calls: Vec<u64> =
+                        (delta.at("tool_calls").map(Json::elements).unwrap_or_default().iter())
+                            .enumerate()
+                            .map(|(p, call)| call.at("index").and_then(Json::number).unwrap_or(p as u64))
+                            .collect();
                     take_message(delta, &mut |kind, call, text| {
                         let call = if kind == "call" { calls[call] } else { 0 };
                         joined.entry((index, kind, call)).or_default().push_str(&text);
@@ -395,8 +401,24 @@ impl Random {
 
     fn text(&mut self) -> String {
         const BITS: &[&str] = &[
-            "plain words go here ", "x", "\n", "\"", "\\", "/", "\t", "é", "漢字", "😀", "\u{7f}", "\u{0}", "\u{8}\u{c}\r",
-            "{\"a\":1}", "data: ", "\u{2028}", "\u{ffff}", "0123456789 abcdefghijklmnopqrstuvwxyz ",
+            "plain words go here ",
+            "x",
+            "\n",
+            "\"",
+            "\\",
+            "/",
+            "\t",
+            "é",
+            "漢字",
+            "😀",
+            "\u{7f}",
+            "\u{0}",
+            "\u{8}\u{c}\r",
+            "{\"a\":1}",
+            "data: ",
+            "\u{2028}",
+            "\u{ffff}",
+            "0123456789 abcdefghijklmnopqrstuvwxyz ",
         ];
         (0..self.below(8)).map(|_| self.pick(BITS)).collect()
     }
@@ -420,8 +442,19 @@ impl Random {
             _ => {
                 let pairs = (0..self.below(4)).map(|_| {
                     const KEYS: &[&str] = &[
-                        "content", "messages", "choices", "role", "text", "name", "arguments", "index", "delta", "k\"ey",
-                        "a key that is longer than any the parser keeps for matching", "", "ключ",
+                        "content",
+                        "messages",
+                        "choices",
+                        "role",
+                        "text",
+                        "name",
+                        "arguments",
+                        "index",
+                        "delta",
+                        "k\"ey",
+                        "a key that is longer than any the parser keeps for matching",
+                        "",
+                        "ключ",
                     ];
                     (self.pick(KEYS).to_owned(), self.junk(depth - 1))
                 });
@@ -459,7 +492,15 @@ impl Random {
         let mut pairs = Vec::new();
         if self.chance(90) {
             const ROLES: &[&str] = &[
-                "system", "developer", "user", "assistant", "tool", "function", "model", "critic", "assistant-and-more-bytes",
+                "system",
+                "developer",
+                "user",
+                "assistant",
+                "tool",
+                "function",
+                "model",
+                "critic",
+                "assistant-and-more-bytes",
             ];
             let role = self.pick(ROLES).to_owned();
             pairs.push(("role".into(), if self.chance(3) { self.junk(1) } else { Json::String(role) }));
@@ -493,7 +534,8 @@ impl Random {
 
     fn call(&mut self) -> Json {
         let function = vec![("name".into(), self.maybe_text()), ("arguments".into(), self.maybe_text())];
-        let mut pairs = vec![("id".into(), Json::String("call_1".into())), ("function".into(), self.shuffled(function))];
+        let mut pairs =
+            vec![("id".into(), Json::String("call_1".into())), ("function".into(), self.shuffled(function))];
         if self.chance(60) {
             pairs.push(("index".into(), Json::Other(self.below(4).to_string())));
         }
@@ -605,14 +647,22 @@ fn generated_stream(random: &mut Random) -> (Vec<u8>, Vec<Vec<u8>>) {
     }
     for _ in 0..random.below(8) {
         if random.chance(30) {
-            body.extend_from_slice(random.pick(&[": OPENROUTER PROCESSING", "event: x", "id:7", "dat: y", "data2: z"]).as_bytes());
+            body.extend_from_slice(
+                random
+                    .pick(&[": OPENROUTER PROCESSING", "event: x", "id:7", "dat: y", "data2: z"])
+                    .as_bytes(),
+            );
             body.extend_from_slice(&line_end);
         }
         let document = random.body("choices", |random| random.choice("delta"));
         let lines = random.chance(20);
         let text = String::from_utf8(random.written(&document, lines)).unwrap().replace("\r\n", "\n");
         for line in text.split('\n') {
-            body.extend_from_slice(if random.chance(50) && !line.starts_with(' ') { b"data:" } else { b"data: " });
+            body.extend_from_slice(if random.chance(50) && !line.starts_with(' ') {
+                b"data:"
+            } else {
+                b"data: "
+            });
             body.extend_from_slice(line.as_bytes());
             body.extend_from_slice(&line_end);
         }
@@ -632,7 +682,7 @@ fn generated_stream(random: &mut Random) -> (Vec<u8>, Vec<Vec<u8>>) {
 // ------------------------------------------------------------------------------------------------- properties
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1500))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1500) })]
 
     #[test]
     fn requests_agree_with_a_whole_parse(seed in 1u64..) {
@@ -741,4 +791,384 @@ proptest! {
         }
         prop_assert_eq!(envelope(&units), expected);
     }
+}
+
+// -------------------------------------------------------------------------------------------------- examples
+
+fn chat_request(body: &str) -> Units {
+    let (units, result, _) = whole(request(), body.as_bytes());
+    assert!(result.is_ok(), "{result:?}");
+    units
+}
+
+fn chat_stream(body: &str) -> (Units, Summary) {
+    let (units, result, _) = whole(stream(), body.as_bytes());
+    (units, result.unwrap())
+}
+
+#[test]
+fn a_request_is_cut_into_its_units() {
+    let units = chat_request(
+        r#"{"model":"m","messages":[{"role":"developer","content":"be \"kind\""},{"content":[{"type":"text","text":"hi"},{"type":"text","text":"there"}],"role":"user"},{"role":"assistant","content":null,"tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":"{\"a\":1}"}}]},{"role":"tool","content":"42","tool_call_id":"c"}]}"#,
+    );
+    assert_eq!(texts(&units, Role::System), ["be \"kind\""]);
+    assert_eq!(texts(&units, Role::User), ["hi", "there"]);
+    assert_eq!(texts(&units, Role::ToolCall), ["f{\"a\":1}"]);
+    assert_eq!(texts(&units, Role::ToolResult), ["42"]);
+    assert_eq!(
+        envelope(&units),
+        r#"{"model":"m","messages":[{"role":"developer","content":""},{"content":[{"type":"text","text":""},{"type":"text","text":""}],"role":"user"},{"role":"assistant","content":null,"tool_calls":[{"id":"c","type":"function","function":{"name":"","arguments":""}}]},{"role":"tool","content":"","tool_call_id":"c"}]}"#
+    );
+}
+
+#[test]
+fn keys_written_with_escapes_are_the_same_keys() {
+    let units = chat_request(r#"{"\u006dessages":[{"r\u006fle":"syste\u006d","conten\u0074":"x"}]}"#);
+    assert_eq!(texts(&units, Role::System), ["x"]);
+}
+
+#[test]
+fn media_is_counted_and_sampled() {
+    let data = "QUJD".repeat(1000);
+    for (value, lost) in [
+        (format!("data:image/png;base64,{data}"), 4000 - 48),
+        (data.clone(), 4000 - 48),
+        (data.replace('Q', r"\/"), 5000 - 60),
+        ("https://example.com/a/picture/with/a/long/path/and/some/more/of/it.png?x=1".into(), 0),
+        (format!("{data} {data}"), 4000 - 48),
+        (format!("{data} now do as I say, {data}"), 4000 - 48),
+    ] {
+        let body = format!(
+            r#"{{"messages":[{{"role":"user","content":[{{"type":"image_url","image_url":{{"url":"{value}"}}}},{{"type":"text","text":"see"}}]}}]}}"#
+        );
+        let (units, result, _) = whole(request(), body.as_bytes());
+        assert_eq!(result.unwrap().skipped_bytes, lost);
+        let record = &units[&Unit { role: Role::Envelope, index: 0 }];
+        assert_eq!(record.skipped, lost);
+        assert_eq!(record.text.len() as u64, body.len() as u64 - 3 - lost);
+        assert_eq!(texts(&units, Role::User), ["see"]);
+        assert_eq!(value.contains("say"), envelope(&units).contains(" now do as I say, "));
+        for step in [1, 2, 3, 7, 50] {
+            assert_eq!(read(request(), body.as_bytes(), || step).0, units);
+        }
+    }
+}
+
+#[test]
+fn text_too_long_to_hold_is_the_users() {
+    for (length, role) in [(64 * 1024, Role::System), (64 * 1024 + 1, Role::User)] {
+        let text = "a".repeat(length);
+        let body = format!(r#"{{"messages":[{{"content":"{text}","name":"n","role":"system"}}]}}"#);
+        for step in [1000, usize::MAX] {
+            let (units, ..) = read(request(), body.as_bytes(), || step);
+            assert_eq!(texts(&units, role), [text.as_str()]);
+        }
+    }
+    // Pieces are bounded too: each escape is one.
+    for (count, role) in [(4096, Role::System), (4097, Role::User)] {
+        let body = format!(r#"{{"messages":[{{"content":"{}","role":"system"}}]}}"#, r"\n".repeat(count));
+        for step in [1, 1000, usize::MAX] {
+            let (units, ..) = read(request(), body.as_bytes(), || step);
+            assert_eq!(texts(&units, role), ["\n".repeat(count)]);
+        }
+    }
+}
+
+#[test]
+fn a_choice_too_long_to_hold_is_the_one_at_its_position() {
+    for (length, sizes) in [(64 * 1024, [64 * 1024, 6].as_slice()), (64 * 1024 + 1, &[64 * 1024 + 1 + 6])] {
+        let body = format!(
+            "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}},\"index\":1}}]}}\n\ndata: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"second\"}}}}]}}\n\n",
+            "a".repeat(length)
+        );
+        for step in [1000, usize::MAX] {
+            let (units, ..) = read(stream(), body.as_bytes(), || step);
+            let given: Vec<_> = texts(&units, Role::Assistant).iter().map(String::len).collect();
+            assert_eq!(given, sizes);
+        }
+    }
+}
+
+#[test]
+fn a_stream_joins_its_pieces() {
+    let (units, summary) = chat_stream(concat!(
+        ": OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n",
+        "data: {\"id\":\"a\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"He\"},\"finish_reason\":null}],\"obfuscation\":\"xYz1\"}\n\n",
+        "data: {\"id\":\"a\",\"choices\":[{\"index\":1,\"delta\":{\"content\":\"Two\"},\"finish_reason\":null}],\"obfuscation\":\"Q\"}\n\n",
+        "data: {\"id\":\"a\",\"choices\":[{\"delta\":{\"content\":\" too\"},\"index\":1,\"finish_reason\":null}],\"obfuscation\":\"Q\"}\n\n",
+        "data: {\"id\":\"a\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"llo\"},\"finish_reason\":null}],\"obfuscation\":\"ab\"}\n\n",
+        "data: {\"id\":\"a\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"\"},\"finish_reason\":\"stop\"}],\"obfuscation\":\"a b\"}\n\n",
+        "data: {\"id\":\"a\",\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5}}\n\n",
+        "data: [DONE]\n\n",
+    ));
+    assert_eq!(texts(&units, Role::Assistant), ["Hello", "Two too"]);
+    assert_eq!(
+        envelope(&units),
+        concat!(
+            ": OPENROUTER PROCESSING",
+            r#"{"id":"a","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"obfuscation":""}"#,
+            r#"{"id":"a","choices":[{"index":1,"delta":{"content":""},"finish_reason":null}],"obfuscation":""}"#,
+            r#"{"id":"a","choices":[{"delta":{"content":""},"index":1,"finish_reason":null}],"obfuscation":""}"#,
+            r#""index":0,"#,
+            r#""finish_reason":"stop"}"#,
+            r#""obfuscation":" b""#,
+            "}",
+            r#"{"id":"a","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5}}"#,
+            "[DONE]",
+        )
+    );
+    assert_eq!((summary.events, summary.terminated, summary.skipped_bytes), (6, true, 4 + 1 + 1 + 2 + 1));
+    assert_eq!(summary.usage.prompt_tokens, Some(3));
+    assert_eq!(summary.usage.completion_tokens, Some(2));
+    assert_eq!(summary.usage.total_tokens, Some(5));
+}
+
+#[test]
+fn tool_calls_of_a_stream_are_joined_by_their_index() {
+    let (units, _) = chat_stream(concat!(
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"tool_calls\":[{\"function\":{\"name\":\"f\",\"arguments\":\"\"},\"index\":0},{\"index\":1,\"function\":{\"name\":\"g\"}}]}}]}\n\n",
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"tool_calls\":[{\"function\":{\"arguments\":\"{2}\"},\"index\":1}]}}]}\n\n",
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"{1}\"}}]}}]}\n\n",
+    ));
+    assert_eq!(texts(&units, Role::ToolCall), ["f{1}", "g{2}"]);
+}
+
+#[test]
+fn units_of_a_stream_are_bounded() {
+    let body: String = (0..500)
+        .map(|index| {
+            format!(
+                "data: {{\"choices\":[{{\"index\":{index},\"delta\":{{\"content\":\"c{index};\"}}}}]}}\n\n"
+            )
+        })
+        .collect();
+    let (units, _) = chat_stream(&body);
+    let texts = texts(&units, Role::Assistant);
+    assert_eq!(texts.len(), 65);
+    assert_eq!(texts[63], "c63;");
+    assert!(texts[64].starts_with("c64;c65;") && texts[64].ends_with("c499;"));
+}
+
+#[test]
+fn an_oversized_event_is_given_whole_each_time() {
+    let event = format!("data: {{\"x\":\"{}\"}}\n\n", "y".repeat(9000));
+    let (units, _) = chat_stream(&event.repeat(3));
+    assert_eq!(envelope(&units), format!("{{\"x\":\"{}\"}}", "y".repeat(9000)).repeat(3));
+    let small = "data: {\"x\":\"y\"}\n\n";
+    assert_eq!(envelope(&chat_stream(&small.repeat(3)).0), "{\"x\":\"y\"}");
+}
+
+#[test]
+fn a_broken_event_spoils_only_itself() {
+    let body = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"}}]}\n\ndata: {oops}\n\ndata: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"b\"}}]}\n\n";
+    let (units, result, summary) = whole(stream(), body.as_bytes());
+    assert_eq!(result, Err(ContentError::Malformed { offset: body.find("oops").unwrap() as u64 }));
+    assert_eq!(texts(&units, Role::Assistant), ["ab"]);
+    assert!(envelope(&units).contains("{oops}"));
+    assert_eq!(summary.events, 3);
+    // An event that ends too early is broken; a stream that ends too early is cut off.
+    let (_, result, _) = whole(stream(), b"data: {\"a\":\n\ndata: {}\n\n");
+    assert_eq!(result, Err(ContentError::Malformed { offset: 12 }));
+    let (units, result, _) =
+        whole(stream(), b"data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"abc");
+    assert_eq!(
+        (result, texts(&units, Role::Assistant)),
+        (Err(ContentError::Truncated), vec!["abc".to_owned()])
+    );
+}
+
+#[test]
+fn what_follows_an_error_is_still_seen() {
+    let (units, result, _) = whole(request(), br#"{"messages":[{"role":"user","content":"hi"}]} and more"#);
+    assert_eq!(result, Err(ContentError::Malformed { offset: 46 }));
+    assert_eq!(texts(&units, Role::User), ["hi"]);
+    assert!(envelope(&units).ends_with("]} and more"));
+    let (units, result, _) = whole(request(), b"{\"messages\":[{\"content\":\"hi\\u00zz\"}]}");
+    assert_eq!(result, Err(ContentError::Malformed { offset: 31 }));
+    assert_eq!(texts(&units, Role::User), ["hi"]);
+    assert!(envelope(&units).ends_with("\"content\":\"\\u00zz\"}]}"));
+}
+
+#[test]
+fn truncated_text_is_given_and_reported() {
+    let body = br#"{"messages":[{"content":"cut he"#;
+    let (units, result, summary) = whole(request(), body);
+    assert_eq!(result, Err(ContentError::Truncated));
+    assert_eq!(texts(&units, Role::User), ["cut he"]);
+    assert_eq!(summary.body_bytes, body.len() as u64);
+}
+
+#[test]
+fn blanks_before_a_document_are_counted() {
+    let (units, result, _) = whole(response(), b"\n         \n{\"choices\":[]}");
+    assert_eq!(result.unwrap().leading_blank_bytes, 11);
+    assert_eq!(envelope(&units), "{\"choices\":[]}");
+    assert_eq!(whole(response(), b"   \n").1, Err(ContentError::Truncated));
+    assert_eq!(whole(response(), b"").1, Ok(Summary::default()));
+}
+
+#[test]
+fn other_bodies_are_one_unit() {
+    let make =
+        |content_type: Option<&str>| BodyParser::for_request(b"/x", content_type.map(str::as_bytes)).unwrap();
+    let body = |units: &Units| texts(units, Role::Body).concat();
+    for (content_type, text, style, result) in [
+        (Some("application/json"), "{\"a\": 1}", "json", None),
+        (Some("application/vnd.api+json; v=1"), "{\"a\": ", "json", Some(ContentError::Truncated)),
+        (Some("application/json"), "{\"a\": 1}{}", "json", Some(ContentError::Malformed { offset: 8 })),
+        (Some("application/x-ndjson"), "{\"a\": 1}\n{}\n[1]", "json", None),
+        (Some("Text/HTML"), "<p>\u{e9}", "text", None),
+        (Some("application/x-www-form-urlencoded"), "a=1&b=2", "form", None),
+        (None, "[1", "unlabelled", Some(ContentError::Truncated)),
+        (Some("nonsense"), "hello", "unlabelled", None),
+    ] {
+        let parser = make(content_type);
+        assert_eq!(parser.style().as_str(), style);
+        let (units, got, summary) = whole(parser, text.as_bytes());
+        assert_eq!(body(&units), text);
+        assert_eq!(got.err(), result);
+        assert_eq!(summary.body_bytes, text.len() as u64);
+    }
+    let (units, result, _) = whole(make(None), b"  PK\x03\x04\xff\x00");
+    assert_eq!(result, Err(ContentError::InvalidUtf8 { offset: 6 }));
+    assert_eq!(units[&Unit { role: Role::Body, index: 0 }].text, b"PK\x03\x04\xff\x00");
+    assert_eq!(whole(make(None), b"caf\xc3").1, Err(ContentError::InvalidUtf8 { offset: 4 }));
+    for empty in [Some("text/plain"), Some("application/json"), Some("text/event-stream"), None] {
+        assert_eq!(whole(make(empty), b""), (Units::new(), Ok(Summary::default()), Summary::default()));
+    }
+    let events = b"event: a\ndata: {\"x\":1}\n\n: c\n\ndata: one\rdata: two\r\n\r\ndata: end";
+    let (units, result, _) = whole(make(Some("text/event-stream")), events);
+    assert_eq!(body(&units), "{\"x\":1}\none\ntwo\nend\n");
+    let summary = result.unwrap();
+    assert_eq!((summary.events, summary.skipped_bytes), (3, 8 + 3));
+    for step in 1..9 {
+        assert_eq!(read(make(Some("text/event-stream")), events, || step).0, units);
+    }
+}
+
+#[test]
+fn the_parser_is_chosen_by_path_and_content_type() {
+    let style = |path: &[u8], content_type: Option<&[u8]>| match BodyParser::for_request(path, content_type) {
+        Ok(parser) => parser.style().as_str(),
+        Err(reason) => reason.as_str(),
+    };
+    assert_eq!(style(b"/openai/deployments/x/chat/completions?api-version=1", None), "openai.chat");
+    assert_eq!(style(b"/v1/chat/completions/", Some(b"text/plain")), "openai.chat");
+    assert_eq!(style(b"/v1/chat/completions", Some(b"image/png")), "openai.chat");
+    assert_eq!(style(b"/v1/chat/completionsx", Some(b"application/json")), "json");
+    assert_eq!(style(b"/x?p=/chat/completions", Some(b"application/json")), "json");
+    assert_eq!(style(b"/x", Some(b"multipart/form-data; boundary=x")), "content_type_multipart");
+    assert_eq!(style(b"/x", Some(b"application/grpc+proto")), "content_type_protobuf");
+    assert_eq!(style(b"/x", Some(b"IMAGE/png")), "content_type_binary");
+    let answer = |content_type: &[u8], body: &[u8]| match BodyParser::for_response(
+        Some(ApiStyle::OpenAiChat),
+        Some(content_type),
+    ) {
+        Ok(parser) => whole(parser, body).0,
+        Err(reason) => panic!("{reason}"),
+    };
+    let body = br#"{"choices":[{"message":{"content":"hi"}}]}"#;
+    assert_eq!(texts(&answer(b"text/plain", body), Role::Assistant), ["hi"]);
+    assert_eq!(texts(&answer(b"text/html", b"<h1>502</h1>"), Role::Body), ["<h1>502</h1>"]);
+    let refused = BodyParser::for_response(None, Some(b"application/vnd.amazon.eventstream"));
+    assert_eq!(refused.unwrap_err().as_str(), "content_type_amazon_eventstream");
+}
+
+// -------------------------------------------------------------------------------------------- recorded traffic
+
+/// Recorded exchanges with chat completion servers, when the machine has them.
+#[test]
+fn recorded_chat_exchanges_agree_with_a_whole_parse() {
+    use std::io::Read;
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/llm_exchanges.jsonl.gz");
+    let Ok(file) = std::fs::File::open(path) else {
+        eprintln!("skipped: no recorded exchanges beside the project");
+        return;
+    };
+    let mut lines = String::new();
+    flate2::read::GzDecoder::new(file).read_to_string(&mut lines).unwrap();
+    let mut random = Random(7);
+    let (mut requests, mut answers, mut streams, mut not_chat) = (0, 0, 0, 0);
+    for line in lines.lines() {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let part = |raw: &serde_json::Value| {
+            let (head, body) = raw.as_str().unwrap().split_once("\r\n\r\n").unwrap();
+            (head.to_owned(), body.as_bytes().to_vec())
+        };
+        let (head, body) = part(&row["text"]);
+        let target = head.split(' ').nth(1).unwrap();
+        if ApiStyle::of_path(target.as_bytes()).is_none() {
+            continue;
+        }
+        let check = |make: fn() -> BodyParser, body: &[u8], random: &mut Random| {
+            let (units, result, summary) = whole(make(), body);
+            assert_ordinals(&units);
+            assert_eq!(read(make(), body, random.cuts()), (units.clone(), result, summary), "{}", row["id"]);
+            (units, result)
+        };
+        if !body.is_empty() {
+            let (units, result) = check(request, &body, &mut random);
+            result.unwrap();
+            assert_eq!(given_units(&units), naive_units(&body, "messages", None).0, "{}", row["id"]);
+            requests += 1;
+        }
+        let (head, mut body) = part(&row["extra"]["response"]);
+        if let Some(decoded) = recorded_as_base64(&body) {
+            body = decoded;
+        }
+        if head.to_ascii_lowercase().contains("text/event-stream") {
+            let (units, result) = check(stream, &body, &mut random);
+            result.unwrap();
+            let text = String::from_utf8(body).unwrap().replace("\r\n", "\n");
+            let events = text.lines().filter_map(|line| line.strip_prefix("data:")).map(|line| line.trim());
+            let events: Vec<_> =
+                events.filter(|data| *data != "[DONE]").map(|data| data.as_bytes().to_vec()).collect();
+            assert_eq!(given_units(&units), naive_stream(&events), "{}", row["id"]);
+            streams += 1;
+        } else if serde_json::from_slice::<Json>(&body).is_ok() {
+            let (units, result) = check(response, &body, &mut random);
+            result.unwrap();
+            assert_eq!(
+                given_units(&units),
+                naive_units(&body, "choices", Some("message")).0,
+                "{}",
+                row["id"]
+            );
+            answers += 1;
+        } else {
+            // An empty answer, or one that is no JSON: an error, unless there is nothing at all.
+            let (_, result) = check(response, &body, &mut random);
+            assert_eq!(result.is_ok(), body.is_empty(), "{}", row["id"]);
+            not_chat += 1;
+        }
+    }
+    eprintln!("{requests} requests, {answers} whole answers, {streams} streams, {not_chat} other bodies");
+    assert!(requests > 600 && answers > 400 && streams > 150 && not_chat < 20);
+}
+
+/// Some rows hold the body in base64: the recorder's doing.
+fn recorded_as_base64(body: &[u8]) -> Option<Vec<u8>> {
+    let starts = [&b"eyJ"[..], b"ewo", b"CiA", b"ZGF0", b"OiBP"];
+    let text: Vec<u8> = body.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    if !starts.iter().any(|start| text.starts_with(start)) {
+        return None;
+    }
+    let mut out = Vec::new();
+    let (mut bits, mut held) = (0u32, 0);
+    for byte in text {
+        let digit = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => break,
+        };
+        (bits, held) = (bits << 6 | u32::from(digit), held + 6);
+        if held >= 8 {
+            held -= 8;
+            out.push((bits >> held) as u8);
+        }
+    }
+    Some(out)
 }
