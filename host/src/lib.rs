@@ -2,6 +2,7 @@
 pub mod abi;
 pub mod capture;
 pub mod demo;
+pub mod envoy;
 pub mod eval;
 pub mod explain;
 pub mod gateway;

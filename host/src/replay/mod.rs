@@ -1,1 +1,4 @@
 //! replay
+pub mod envoy;
+pub mod upstream;
+pub mod wire;
