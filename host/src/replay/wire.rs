@@ -12,7 +12,8 @@
 //!   RFC 3986 does not allow in a path or query is percent-encoded; `%` itself stays as it is.
 //! * header names in lower case, values without surrounding blanks; hop-by-hop fields (RFC 9110
 //!   section 7.6.1, those named by `connection` included), `content-length`, `expect` and the
-//!   replay's own field are dropped; `host` is kept (the first), or set to `replay.invalid`.
+//!   replay's own field are dropped; `host` is kept (the first, percent-encoded like the target, as
+//!   RFC 3986 allows in a name), or set to `replay.invalid`.
 //! * `accept-encoding` is kept: the replaying upstream ignores it and answers as recorded.
 //! * response: no body where HTTP has none (to HEAD, 204, 304).
 //!
@@ -138,6 +139,7 @@ fn wire_request(request: HttpRequest) -> Result<HttpRequest, NotSendable> {
     let host = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
     let host = host.map_or("replay.invalid", |(_, value)| value.as_str()).trim().to_owned();
     check_value("request", "host", &host)?;
+    let host = wire_host(&host);
     let mut fields = vec![("host".to_owned(), host)];
     fields.extend(wire_headers("request", headers)?.into_iter().filter(|(name, _)| name != "host"));
     check_size("request head", target.len() + size(&fields), HEAD_MAX_BYTES)?;
@@ -159,6 +161,24 @@ fn wire_response(response: HttpResponse, method: &str) -> Result<HttpResponse, N
     Ok(HttpResponse { status, headers, body })
 }
 
+/// Recordings have placeholders such as `<REGION>` in host names; Envoy answers 400 to those.
+fn wire_host(host: &str) -> String {
+    let mut wire = String::with_capacity(host.len());
+    for byte in host.bytes() {
+        push_byte(&mut wire, byte, b"-._~!$&'()*+,;=:[]%");
+    }
+    wire
+}
+
+/// The byte itself if it is alphanumeric or in `allowed`, its percent-encoding otherwise.
+fn push_byte(wire: &mut String, byte: u8, allowed: &[u8]) {
+    if byte.is_ascii_alphanumeric() || allowed.contains(&byte) {
+        wire.push(char::from(byte));
+    } else {
+        wire.push_str(&format!("%{byte:02X}"));
+    }
+}
+
 fn wire_target(target: &str) -> Result<String, NotSendable> {
     let origin = match target.split_once("://") {
         // Absolute form: the authority ends where path or query begins.
@@ -176,11 +196,7 @@ fn wire_target(target: &str) -> Result<String, NotSendable> {
     }
     for byte in origin.bytes() {
         // RFC 3986: pchar, '/', '?', and '%' of escapes that are there already.
-        if byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?%".contains(&byte) {
-            wire.push(char::from(byte));
-        } else {
-            wire.push_str(&format!("%{byte:02X}"));
-        }
+        push_byte(&mut wire, byte, b"-._~!$&'()*+,;=:@/?%");
     }
     Ok(wire)
 }
@@ -236,6 +252,7 @@ fn is_token(byte: u8) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::header;
 
     fn exchange(target: &str, headers: &[(&str, &str)], status: u16, body: &str) -> Exchange {
         let pairs = |headers: &[(&str, &str)]| {
@@ -271,6 +288,16 @@ mod tests {
         assert_eq!(target(""), "/");
         let refused = on_the_wire(exchange("*", &[], 200, "")).unwrap_err();
         assert_eq!(refused, NotSendable::Target("*".to_owned()));
+    }
+
+    #[test]
+    fn a_placeholder_in_the_host_is_made_sendable() {
+        let host = |host: &str| {
+            let wire = on_the_wire(exchange("/", &[("host", host)], 200, "")).unwrap();
+            header(&wire.request.headers, "host").unwrap().to_owned()
+        };
+        assert_eq!(host("api.<REGION>.example:443"), "api.%3CREGION%3E.example:443");
+        assert_eq!(host("[::1]:8080"), "[::1]:8080");
     }
 
     #[test]
