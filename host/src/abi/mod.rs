@@ -34,9 +34,6 @@ mod status;
 mod stream;
 mod wasi;
 
-#[cfg(test)]
-mod tests;
-
 pub use clock::{Clock, Randomness, VirtualClock};
 pub use error::{AbiError, LastWords};
 pub use headers::{HeaderMap, PAIRS_MAX_BYTES, PAIRS_MAX_COUNT};

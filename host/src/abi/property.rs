@@ -82,7 +82,7 @@ pub(super) fn derived(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn split(path: &[u8]) -> (&[u8], Option<&[u8]>) {
-    match path.iter().position(|byte| *byte == 0) {
+    match memchr::memchr(0, path) {
         Some(at) => (&path[..at], path.get(at + 1..).filter(|rest| !rest.is_empty())),
         None => (path, None),
     }
@@ -103,12 +103,12 @@ fn request(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
         (b"path", None) => value(b":path"),
         (b"url_path", None) => {
             let mut path = value(b":path")?;
-            path.truncate(path.iter().position(|b| *b == b'?').unwrap_or(path.len()));
+            path.truncate(memchr::memchr(b'?', &path).unwrap_or(path.len()));
             Some(path)
         }
         (b"query", None) => {
             let path = value(b":path")?;
-            let Some(at) = path.iter().position(|b| *b == b'?') else {
+            let Some(at) = memchr::memchr(b'?', &path) else {
                 return Some(Vec::new());
             };
             let query = path.get(at + 1..)?;

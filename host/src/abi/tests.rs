@@ -1,1 +1,0 @@
-//! Guests in WAT against the whole host.

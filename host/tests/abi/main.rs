@@ -1,0 +1,12 @@
+//! The proxy-wasm host against small guests written in WAT: each rule of the ABI and of Envoy that
+//! the filter relies on, one guest each. The real filter runs elsewhere; here the guests do what a
+//! well-behaved SDK never would.
+
+mod guest;
+
+mod bodies;
+mod calls;
+mod hostile;
+mod limits;
+mod replies;
+mod start;
