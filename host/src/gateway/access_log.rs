@@ -60,6 +60,8 @@ pub struct AccessRecord {
     pub client: SocketAddr,
     /// The upstream's answer was used (as opposed to a reply of the gateway or the filter).
     pub from_upstream: bool,
+    /// Why the gateway or the filter answered in the upstream's place, as one word; else empty.
+    pub details: String,
     /// The filter crashed or was not to be had during this exchange.
     pub filter_failed: bool,
     /// `complete`, `client_closed`, or the reason the exchange was aborted.
@@ -82,6 +84,7 @@ impl AccessRecord {
             upstream,
             client,
             from_upstream: false,
+            details: String::new(),
             filter_failed: false,
             outcome: "complete",
             filter_state: FilterState::new(),
@@ -110,9 +113,11 @@ impl AccessRecord {
             self.duration.as_micros()
         ));
         push_string(&mut line, &self.upstream);
+        line.push_str(&format!(",\"client\":\"{}\",\"from_upstream\":{},\"details\":", self.client, self.from_upstream));
+        push_string(&mut line, &self.details);
         line.push_str(&format!(
-            ",\"client\":\"{}\",\"from_upstream\":{},\"filter_failed\":{},\"outcome\":\"{}\",\"filter_state\":{{",
-            self.client, self.from_upstream, self.filter_failed, self.outcome
+            ",\"filter_failed\":{},\"outcome\":\"{}\",\"filter_state\":{{",
+            self.filter_failed, self.outcome
         ));
         for (index, (key, value)) in self.filter_state.iter().enumerate() {
             if index > 0 {

@@ -53,6 +53,9 @@ struct Inner {
     filter: Option<Box<dyn HttpFilter>>,
     /// A filter that failed open: asked only for what it still holds.
     failed_open: Option<Box<dyn HttpFilter>>,
+    /// By direction: what `failed_open` held was taken.
+    salvaged: [bool; 2],
+    response_seen: bool,
     signal: Option<Signal>,
     response_started: bool,
     /// Set once the exchange cannot be completed; both directions stop.
@@ -62,6 +65,30 @@ struct Inner {
     response_waker: Option<Waker>,
     progress: RequestProgress,
     record: AccessRecord,
+}
+
+impl Inner {
+    fn wake(&mut self) {
+        for waker in [self.request_waker.take(), self.response_waker.take()].into_iter().flatten() {
+            waker.wake();
+        }
+    }
+
+    fn abort(&mut self, reason: &'static str) {
+        self.aborted.get_or_insert(reason);
+        self.wake();
+    }
+}
+
+/// Lets a piece go by a filter that is not there, after whatever a filter that failed open held.
+fn bypass(inner: &mut Inner, direction: Direction, piece: Release) -> Outcome {
+    let salvaged = std::mem::replace(&mut inner.salvaged[direction as usize], true);
+    let mut all = match &mut inner.failed_open {
+        Some(filter) if !salvaged => filter.take_held(direction),
+        _ => Release::default(),
+    };
+    all.append(piece);
+    Outcome::Bypass(all)
 }
 
 /// State of one exchange, shared by its two directions.
@@ -77,8 +104,8 @@ pub(super) struct Exchange {
 pub(super) enum Outcome {
     /// Act on the step.
     Step(Step),
-    /// The filter failed open: pass on what it held, and everything after it.
-    Salvaged(Release),
+    /// There is no filter: pass this on.
+    Bypass(Release),
     /// The exchange was interrupted; the handler knows why.
     Interrupted,
 }
@@ -90,6 +117,8 @@ impl Exchange {
             inner: Mutex::new(Inner {
                 filter: None,
                 failed_open: None,
+                salvaged: [false; 2],
+                response_seen: false,
                 signal: None,
                 response_started: false,
                 aborted: None,
@@ -114,42 +143,42 @@ impl Exchange {
         self.lock().filter = Some(filter);
     }
 
-    pub(super) fn on_headers(&self, direction: Direction, headers: HeaderPairs, end: bool) -> Result<Outcome, HeaderPairs> {
+    pub(super) fn on_headers(&self, direction: Direction, headers: HeaderPairs, end: bool) -> Outcome {
         let mut inner = self.lock();
+        inner.response_seen |= direction == Direction::Response;
         match &mut inner.filter {
             Some(filter) => {
                 let result = filter.headers(direction, headers, end);
-                Ok(self.settle(inner, direction, result))
+                self.settle(inner, direction, result)
             }
-            None => Err(headers),
+            None => bypass(&mut inner, direction, Release { headers: Some(headers), ..Release::default() }),
         }
     }
 
-    pub(super) fn on_body(&self, direction: Direction, chunk: Bytes, end: bool) -> Result<Outcome, Bytes> {
+    pub(super) fn on_body(&self, direction: Direction, body: Bytes, end: bool) -> Outcome {
         let mut inner = self.lock();
         match &mut inner.filter {
             Some(filter) => {
-                let result = filter.body(direction, chunk, end);
-                Ok(self.settle(inner, direction, result))
+                let result = filter.body(direction, body, end);
+                self.settle(inner, direction, result)
             }
-            None => Err(chunk),
+            None => bypass(&mut inner, direction, Release { body, ..Release::default() }),
         }
     }
 
-    pub(super) fn on_trailers(&self, direction: Direction, trailers: HeaderPairs) -> Result<Outcome, HeaderPairs> {
+    pub(super) fn on_trailers(&self, direction: Direction, trailers: HeaderPairs) -> Outcome {
         let mut inner = self.lock();
         match &mut inner.filter {
             Some(filter) => {
                 let result = filter.trailers(direction, trailers);
-                Ok(self.settle(inner, direction, result))
+                self.settle(inner, direction, result)
             }
-            None => Err(trailers),
+            None => bypass(&mut inner, direction, Release { trailers: Some(trailers), ..Release::default() }),
         }
     }
 
-    /// What the filter has for `direction` unasked; pending if there is no filter. `unsettled`: the
-    /// filter was given something that it has not let go.
-    pub(super) fn poll_resumed(&self, direction: Direction, unsettled: bool, cx: &mut Context<'_>) -> Poll<Outcome> {
+    /// What the filter has for `direction` unasked.
+    pub(super) fn poll_resumed(&self, direction: Direction, cx: &mut Context<'_>) -> Poll<Outcome> {
         let mut inner = self.lock();
         if let Some(filter) = &mut inner.filter {
             return match filter.poll_resumed(direction, cx) {
@@ -157,82 +186,83 @@ impl Exchange {
                 Poll::Pending => Poll::Pending,
             };
         }
-        match &mut inner.failed_open {
-            Some(filter) if unsettled => Poll::Ready(Outcome::Salvaged(filter.take_held(direction))),
-            _ => Poll::Pending,
+        if inner.failed_open.is_some() && !inner.salvaged[direction as usize] {
+            return Poll::Ready(bypass(&mut inner, direction, Release::default()));
         }
+        Poll::Pending
+    }
+
+    /// Ready with nothing once a signal is set by the filter on its own.
+    pub(super) fn poll_interrupted(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut inner = self.lock();
+        let Some(filter) = &mut inner.filter else { return Poll::Pending };
+        match filter.poll_interrupted(cx) {
+            Poll::Ready(Ok(step)) => {
+                self.settle(inner, Direction::Request, Ok(step));
+            }
+            Poll::Ready(Err(error)) => self.failed(&mut inner, &error),
+            Poll::Pending => return Poll::Pending,
+        }
+        Poll::Ready(())
     }
 
     fn settle(&self, mut inner: MutexGuard<'_, Inner>, direction: Direction, result: Result<Step, FilterError>) -> Outcome {
         match result {
             Ok(Step::Reply(reply)) => {
-                Self::interrupt_locked(&mut inner, Signal::Reply(reply), "filter_reply_after_response_start");
+                self.interrupt_locked(&mut inner, Signal::Reply(reply), "filter_reply_after_response_start");
             }
-            Ok(Step::Close) => Self::interrupt_locked(&mut inner, Signal::Close, "filter_close"),
+            Ok(Step::Close) => self.interrupt_locked(&mut inner, Signal::Close, "filter_close"),
             Ok(step) => return Outcome::Step(step),
-            Err(error) => return self.failed(inner, direction, &error),
+            Err(error) => {
+                self.failed(&mut inner, &error);
+                if inner.failed_open.is_some() {
+                    return bypass(&mut inner, direction, Release::default());
+                }
+            }
         }
-        drop(inner);
-        self.signalled.notify_one();
         Outcome::Interrupted
     }
 
-    fn failed(&self, mut inner: MutexGuard<'_, Inner>, direction: Direction, error: &FilterError) -> Outcome {
+    fn failed(&self, inner: &mut Inner, error: &FilterError) {
         self.shared.counters.filter_failures.increment();
         tracing::warn!(target: "driftlock::gateway", %error, policy = ?self.shared.failure_policy, "filter failed");
-        let broken = inner.filter.take();
         inner.record.filter_failed = true;
+        let Some(broken) = inner.filter.take() else { return };
         match self.shared.failure_policy {
             FailurePolicy::FailOpen => {
-                inner.failed_open = broken;
-                let held = inner.failed_open.as_mut().map_or_else(Release::default, |filter| filter.take_held(direction));
-                // The other direction may sit in a hold that nobody else will end.
-                let other = match direction {
-                    Direction::Request => inner.response_waker.take(),
-                    Direction::Response => inner.request_waker.take(),
-                };
-                drop(inner);
-                if let Some(waker) = other {
-                    waker.wake();
-                }
-                Outcome::Salvaged(held)
+                inner.failed_open = Some(broken);
+                // A direction may sit in a hold that nobody else will end.
+                inner.wake();
             }
             FailurePolicy::FailClosed => {
-                Self::interrupt_locked(&mut inner, Signal::FilterFailed, "filter_failed");
-                if let Some(filter) = broken {
-                    inner.record.filter_state = filter.finish();
-                }
-                drop(inner);
-                self.signalled.notify_one();
-                Outcome::Interrupted
+                inner.record.filter_state = broken.finish();
+                self.interrupt_locked(inner, Signal::FilterFailed, "filter_failed");
             }
         }
     }
 
     /// Hands `signal` to the request handler; once the response is under way, aborts instead.
     pub(super) fn interrupt(&self, signal: Signal, otherwise: &'static str) {
-        Self::interrupt_locked(&mut self.lock(), signal, otherwise);
-        self.signalled.notify_one();
+        self.interrupt_locked(&mut self.lock(), signal, otherwise);
     }
 
-    fn interrupt_locked(inner: &mut Inner, signal: Signal, otherwise: &'static str) {
+    fn interrupt_locked(&self, inner: &mut Inner, signal: Signal, otherwise: &'static str) {
         if inner.response_started {
-            Self::abort_locked(inner, otherwise);
+            inner.abort(otherwise);
         } else if inner.signal.is_none() {
             inner.signal = Some(signal);
-        }
-    }
-
-    fn abort_locked(inner: &mut Inner, reason: &'static str) {
-        inner.aborted.get_or_insert(reason);
-        for waker in [inner.request_waker.take(), inner.response_waker.take()].into_iter().flatten() {
-            waker.wake();
+            self.signalled.notify_one();
         }
     }
 
     /// Gives up on the exchange: both directions fail at their next poll.
     pub(super) fn abort(&self, reason: &'static str) {
-        Self::abort_locked(&mut self.lock(), reason);
+        self.lock().abort(reason);
+    }
+
+    /// Whether the filter has seen response headers, which it can only once.
+    pub(super) fn response_seen(&self) -> bool {
+        self.lock().response_seen
     }
 
     pub(super) fn take_signal(&self) -> Option<Signal> {

@@ -74,6 +74,24 @@ pub struct Release {
     pub end: bool,
 }
 
+impl Release {
+    /// Adds what comes after this.
+    pub fn append(&mut self, next: Self) {
+        if self.headers.is_none() {
+            self.headers = next.headers;
+        }
+        if self.body.is_empty() {
+            self.body = next.body;
+        } else if !next.body.is_empty() {
+            self.body = [std::mem::take(&mut self.body), next.body].concat().into();
+        }
+        if self.trailers.is_none() {
+            self.trailers = next.trailers;
+        }
+        self.end |= next.end;
+    }
+}
+
 /// A response made by the filter or by the gateway itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalReply {
@@ -83,6 +101,8 @@ pub struct LocalReply {
     pub headers: HeaderPairs,
     /// The whole body.
     pub body: Bytes,
+    /// Why, for the access log, as one word.
+    pub details: String,
     /// Whether the filter's response callbacks see this reply on its way to the client.
     pub through_filter: bool,
 }
@@ -125,14 +145,18 @@ pub trait HttpFilter: Send {
     fn trailers(&mut self, direction: Direction, trailers: HeaderPairs) -> Result<Step, FilterError>;
 
     /// Ready when the filter has something for this direction that no call of this direction
-    /// brought about (a timer, a call to another service, the other direction). Registers the waker
-    /// otherwise. Asked often, so it has to be cheap. Never answers `Hold`.
+    /// brought about (a timer, another exchange, the other direction), or when it crashed meanwhile.
+    /// Registers the waker otherwise. Asked often, so it has to be cheap. Never answers `Hold`.
     fn poll_resumed(&mut self, direction: Direction, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>>;
+
+    /// As `poll_resumed`, for whoever waits for the upstream's answer: ready only with `Reply`,
+    /// `Close` or an error, which concern the whole exchange.
+    fn poll_interrupted(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>>;
 
     /// After an error: what this direction had been given and had not let go, as it came in.
     fn take_held(&mut self, direction: Direction) -> Release;
 
-    /// The exchange is over, however it went.
+    /// The exchange is over, however it went. Works after an error too.
     fn finish(self: Box<Self>) -> FilterState;
 }
 

@@ -65,8 +65,6 @@ pub(super) struct Lane {
     output_ended: bool,
     /// Whether the filter wants more input.
     read_on: bool,
-    /// The filter was given something that it has not let go.
-    unsettled: bool,
     /// Bytes still owed under the declared content-length.
     owed_bytes: Option<u64>,
     patience: Duration,
@@ -94,17 +92,14 @@ impl Lane {
             out: VecDeque::new(),
             output_ended: false,
             read_on: true,
-            unsettled: false,
             owed_bytes: None,
             patience,
             timer: None,
             timer_armed: false,
             guard: None,
         };
-        match lane.exchange.on_headers(direction, headers, lane.input_ended) {
-            Ok(outcome) => lane.absorb(outcome)?,
-            Err(headers) => lane.pass(Release { headers: Some(headers), ..Release::default() }),
-        }
+        let outcome = lane.exchange.on_headers(direction, headers, lane.input_ended);
+        lane.absorb(outcome)?;
         Ok(lane)
     }
 
@@ -119,7 +114,6 @@ impl Lane {
             out: if body.is_empty() { VecDeque::new() } else { VecDeque::from([Frame::data(body)]) },
             output_ended: true,
             read_on: true,
-            unsettled: false,
             owed_bytes: None,
             patience: Duration::MAX,
             timer: None,
@@ -156,7 +150,7 @@ impl Lane {
         if let Some(reason) = self.exchange.check(self.direction, cx) {
             return Poll::Ready(Err(LaneError(reason)));
         }
-        if let Poll::Ready(outcome) = self.exchange.poll_resumed(self.direction, self.unsettled, cx) {
+        if let Poll::Ready(outcome) = self.exchange.poll_resumed(self.direction, cx) {
             self.timer_armed = false;
             return Poll::Ready(self.absorb(outcome));
         }
@@ -209,13 +203,7 @@ impl Lane {
                 Ok(trailers) => {
                     self.input_ended = true;
                     let outcome = self.exchange.on_trailers(self.direction, headers::trailer_pairs(&trailers));
-                    match outcome {
-                        Ok(outcome) => self.absorb(outcome),
-                        Err(trailers) => {
-                            self.pass(Release { trailers: Some(trailers), ..Release::default() });
-                            Ok(())
-                        }
-                    }
+                    self.absorb(outcome)
                 }
                 // http_body knows no third kind of frame; skip what a later version may add.
                 Err(_) => Ok(()),
@@ -224,13 +212,8 @@ impl Lane {
     }
 
     fn feed_data(&mut self, data: Bytes) -> Result<(), LaneError> {
-        match self.exchange.on_body(self.direction, data, self.input_ended) {
-            Ok(outcome) => self.absorb(outcome),
-            Err(body) => {
-                self.pass(Release { body, ..Release::default() });
-                Ok(())
-            }
-        }
+        let outcome = self.exchange.on_body(self.direction, data, self.input_ended);
+        self.absorb(outcome)
     }
 
     fn source_failed(&self, error: &hyper::Error) -> LaneError {
@@ -253,11 +236,8 @@ impl Lane {
     fn absorb(&mut self, outcome: Outcome) -> Result<(), LaneError> {
         match outcome {
             Outcome::Step(Step::Forward(release)) => self.release(release),
-            Outcome::Step(Step::Hold { read_on }) => {
-                self.read_on = read_on;
-                self.unsettled = true;
-            }
-            Outcome::Salvaged(release) => self.pass(release),
+            Outcome::Step(Step::Hold { read_on }) => self.read_on = read_on,
+            Outcome::Bypass(release) => self.release(Release { end: self.input_ended, ..release }),
             Outcome::Step(Step::Reply(_) | Step::Close) | Outcome::Interrupted => {
                 return Err(LaneError("interrupted"));
             }
@@ -265,15 +245,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Lets `release` go by a filter that is not there.
-    fn pass(&mut self, release: Release) {
-        self.release(Release { end: self.input_ended, ..release });
-    }
-
     fn release(&mut self, release: Release) {
         self.read_on = true;
-        // A filter may let a part go and keep the rest.
-        self.unsettled = self.input_ended && !release.end;
         if release.headers.is_some() {
             self.headers = release.headers;
         }

@@ -90,6 +90,11 @@ pub(super) fn header(out: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
+/// Appends one value; `name` may carry labels.
+pub(super) fn sample(out: &mut String, name: &str, value: u64) {
+    let _ = writeln!(out, "{name} {value}");
+}
+
 /// A name Prometheus accepts (`[a-zA-Z_:][a-zA-Z0-9_:]*`): every other character becomes `_`.
 pub(super) fn sanitised_name(name: &str) -> String {
     let mut clean: String = name

@@ -25,6 +25,7 @@ mod metrics;
 mod options;
 mod serve;
 mod upstream;
+mod wasm;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -176,13 +177,17 @@ impl Drop for Gateway {
 }
 
 async fn filters(options: &GatewayOptions) -> Result<Option<Arc<dyn FilterFactory>>, GatewayError> {
-    match &options.filter {
-        FilterSource::None => Ok(None),
-        FilterSource::Native(factory) => Ok(Some(Arc::clone(factory))),
-        FilterSource::WasmFile(_) | FilterSource::WasmBytes(_) => {
-            Err(GatewayError::Filter("WebAssembly is not joined yet".to_owned()))
-        }
-    }
+    let bytes = match &options.filter {
+        FilterSource::None => return Ok(None),
+        FilterSource::Native(factory) => return Ok(Some(Arc::clone(factory))),
+        FilterSource::WasmFile(path) => tokio::fs::read(path).await.map_err(|source| GatewayError::File {
+            action: "read the filter",
+            path: path.clone(),
+            source,
+        })?,
+        FilterSource::WasmBytes(bytes) => bytes.clone(),
+    };
+    Ok(Some(Arc::new(wasm::WasmFilters::start(bytes, options).await?)))
 }
 
 async fn listen(address: SocketAddr, role: &'static str) -> Result<(TcpListener, SocketAddr), GatewayError> {

@@ -32,6 +32,7 @@ impl Refusal {
             status,
             headers: vec![(b"content-type".to_vec(), b"application/json".to_vec())],
             body: Bytes::from(format!("{body}\n")),
+            details: code.to_owned(),
             through_filter: true,
         }
     }
@@ -197,6 +198,7 @@ async fn answer(exchange: &Arc<Exchange>, request: Request<Lane>) -> Result<Resp
         tokio::select! {
             // The filter's decision and the failed request it causes come together.
             biased;
+            () = poll_fn(|cx| exchange.poll_interrupted(cx)) => {}
             () = exchange.signalled.notified() => {
                 if let Some(signal) = exchange.take_signal() {
                     return Err(Detour::from_signal(signal, shared));
@@ -230,10 +232,13 @@ async fn local_response(
     reply: LocalReply,
     method: &Method,
 ) -> Result<(HeaderPairs, Lane), Cut> {
-    exchange.edit_record(|record| record.from_upstream = false);
+    exchange.edit_record(|record| {
+        record.from_upstream = false;
+        record.details.clone_from(&reply.details);
+    });
     let bare = (reply_pairs(&reply), reply.body.clone());
     let has_body = *method != Method::HEAD && !bodiless(reply.status);
-    if !reply.through_filter {
+    if !reply.through_filter || exchange.response_seen() {
         let body = if has_body { reply.body } else { Bytes::new() };
         return Ok((bare.0, Lane::unfiltered(Arc::clone(exchange), Direction::Response, body)));
     }

@@ -1,0 +1,583 @@
+//! Runs a proxy-wasm module as the gateway's filter, through [`crate::abi`].
+//!
+//! A fixed number of VMs, each behind a mutex; an exchange stays on the VM it was opened on, chosen
+//! in turn. Each VM has a task that ticks it and, when the guest crashed, starts a new one off the
+//! async threads; until then exchanges go to the other VMs. A VM that crashes soon after its start
+//! waits longer and longer for the next, so that a request that always crashes the filter cannot
+//! keep a processor busy with starts.
+//!
+//! Left out on purpose: calls from the guest to other services (`proxy_http_call` answers
+//! BadArgument, as Envoy does for an unknown cluster). Shared queues are delivered after a tick and
+//! at the end of an exchange.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use super::error::GatewayError;
+use super::filter::{
+    ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply, Release,
+    Step,
+};
+use super::metrics;
+use super::options::GatewayOptions;
+use crate::abi::{
+    self, AbiError, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause, Limits, LogLevel, LogLine, LogSink, MapType, MetricValue,
+    Module, Plugin, PluginOptions, PropertyValue, SharedState, StreamId,
+};
+
+/// A VM that lived this long before it crashed is replaced at once.
+const HEALTHY_LIFE: Duration = Duration::from_secs(10);
+/// First and longest wait before a VM that crashed early is replaced.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+const LOST: &str = "another exchange's call crashed the VM";
+
+/// The VMs of one gateway.
+pub(super) struct WasmFilters {
+    vms: Vec<Arc<Vm>>,
+    next: AtomicUsize,
+    shared: SharedState,
+    tenders: Vec<JoinHandle<()>>,
+}
+
+/// A place for a running plugin.
+struct Vm {
+    life: Mutex<Option<Arc<Life>>>,
+    /// The life changed its tick period, or ended.
+    changed: Notify,
+}
+
+/// One plugin from its start to its crash.
+struct Life {
+    running: Mutex<Running>,
+    vm: Weak<Vm>,
+    limit_bytes: usize,
+}
+
+struct Running {
+    plugin: Plugin,
+    mailboxes: HashMap<StreamId, Arc<Mailbox>>,
+    tick_period: Option<Duration>,
+    lost: bool,
+}
+
+/// What reached an exchange from outside its own calls.
+#[derive(Default)]
+struct Mailbox(Mutex<Mail>);
+
+#[derive(Default)]
+struct Mail {
+    /// By direction.
+    steps: [Option<Release>; 2],
+    /// A reply or a close, which end the exchange.
+    end: Option<Step>,
+    /// The VM crashed, with this message.
+    crash: Option<String>,
+    /// By direction, then the one who waits for the upstream.
+    wakers: [Option<Waker>; 3],
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic of the host in the middle of a call leaves a plugin that refuses or traps; both are
+    // handled as a crash.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl WasmFilters {
+    /// Compiles `bytes` and starts the VMs. Inside a tokio runtime.
+    pub(super) async fn start(bytes: Vec<u8>, options: &GatewayOptions) -> Result<Self, GatewayError> {
+        let shared = SharedState::new();
+        let plugin_options = plugin_options(options, shared.clone());
+        let module = blocking(move || Module::compile(&bytes)).await?;
+        // The first start is the canary: if it fails, one message is enough.
+        let mut vms = vec![start_vm(&module, &plugin_options).await?];
+        let mut starting = tokio::task::JoinSet::new();
+        for _ in 1..options.workers {
+            let (module, plugin_options) = (module.clone(), plugin_options.clone());
+            starting.spawn(async move { start_vm(&module, &plugin_options).await });
+        }
+        while let Some(vm) = starting.join_next().await {
+            vms.push(vm.map_err(|error| GatewayError::Filter(error.to_string()))??);
+        }
+        let tenders = vms
+            .iter()
+            .map(|vm| tokio::spawn(tend(Arc::downgrade(vm), module.clone(), plugin_options.clone())))
+            .collect();
+        Ok(Self { vms, next: AtomicUsize::new(0), shared, tenders })
+    }
+}
+
+impl Drop for WasmFilters {
+    fn drop(&mut self) {
+        for tender in &self.tenders {
+            tender.abort();
+        }
+    }
+}
+
+fn plugin_options(options: &GatewayOptions, shared: SharedState) -> PluginOptions {
+    PluginOptions {
+        name: options.root_id.clone(),
+        root_id: options.root_id.clone(),
+        plugin_configuration: options.plugin_configuration.clone(),
+        // 1 is INBOUND in Envoy's TrafficDirection.
+        properties: vec![(vec!["listener_direction".to_owned()], PropertyValue::Int(1))],
+        limits: Limits {
+            request_buffer_bytes: options.max_buffer_bytes,
+            response_buffer_bytes: options.max_buffer_bytes,
+            ..Limits::default()
+        },
+        headers_pause: if options.allow_on_headers_stop_iteration {
+            HeadersPause::StopIteration
+        } else {
+            HeadersPause::StopAllIterationAndWatermark
+        },
+        shared,
+        log: LogSink::new(guest_log_level(), write_guest_log),
+        http_call_upstreams: Some(std::collections::BTreeSet::new()),
+        ..PluginOptions::default()
+    }
+}
+
+/// What the guest is told to log is what tracing would show.
+fn guest_log_level() -> LogLevel {
+    use tracing::level_filters::LevelFilter;
+    match LevelFilter::current() {
+        LevelFilter::TRACE => LogLevel::Trace,
+        LevelFilter::DEBUG => LogLevel::Debug,
+        LevelFilter::INFO => LogLevel::Info,
+        LevelFilter::WARN => LogLevel::Warn,
+        LevelFilter::ERROR => LogLevel::Error,
+        _ => LogLevel::Critical,
+    }
+}
+
+fn write_guest_log(line: LogLine) {
+    let LogLine { level, root_id, context_id, message } = line;
+    match level {
+        LogLevel::Trace => tracing::trace!(target: "driftlock::filter", root_id, context_id, "{message}"),
+        LogLevel::Debug => tracing::debug!(target: "driftlock::filter", root_id, context_id, "{message}"),
+        LogLevel::Info => tracing::info!(target: "driftlock::filter", root_id, context_id, "{message}"),
+        LogLevel::Warn => tracing::warn!(target: "driftlock::filter", root_id, context_id, "{message}"),
+        LogLevel::Error | LogLevel::Critical => {
+            tracing::error!(target: "driftlock::filter", root_id, context_id, "{message}");
+        }
+    }
+}
+
+/// Compilation and starts take from milliseconds to seconds.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, AbiError> + Send + 'static,
+) -> Result<T, GatewayError> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(|error| GatewayError::Filter(error.to_string()))?;
+    done.map_err(|error| GatewayError::Filter(error.to_string()))
+}
+
+async fn start_plugin(module: &Module, options: &PluginOptions) -> Result<Plugin, GatewayError> {
+    let (module, options) = (module.clone(), options.clone());
+    blocking(move || Plugin::start(&module, options)).await
+}
+
+async fn start_vm(module: &Module, options: &PluginOptions) -> Result<Arc<Vm>, GatewayError> {
+    let plugin = start_plugin(module, options).await?;
+    let vm = Arc::new(Vm { life: Mutex::new(None), changed: Notify::new() });
+    vm.install(plugin, options.limits.request_buffer_bytes);
+    Ok(vm)
+}
+
+impl Vm {
+    fn install(self: &Arc<Self>, plugin: Plugin, limit_bytes: usize) {
+        let tick_period = plugin.tick_period();
+        let running = Running { plugin, mailboxes: HashMap::new(), tick_period, lost: false };
+        let life = Life { running: Mutex::new(running), vm: Arc::downgrade(self), limit_bytes };
+        *lock(&self.life) = Some(Arc::new(life));
+    }
+
+    fn life(&self) -> Option<Arc<Life>> {
+        lock(&self.life).clone()
+    }
+}
+
+/// Ticks a VM and replaces its plugin after a crash, until the gateway is gone.
+async fn tend(vm: Weak<Vm>, module: Module, options: PluginOptions) {
+    let mut backoff = BACKOFF.0;
+    let mut born = Instant::now();
+    loop {
+        let Some(vm) = vm.upgrade() else { return };
+        let Some(life) = vm.life() else {
+            if born.elapsed() >= HEALTHY_LIFE {
+                backoff = BACKOFF.0;
+            } else {
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(BACKOFF.1);
+            }
+            born = Instant::now();
+            match start_plugin(&module, &options).await {
+                Ok(plugin) => vm.install(plugin, options.limits.request_buffer_bytes),
+                Err(error) => tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again"),
+            }
+            continue;
+        };
+        let period = lock(&life.running).tick_period;
+        let ticked = async {
+            match period {
+                Some(period) => tokio::time::sleep(period).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = vm.changed.notified() => {}
+            () = ticked => {
+                if let Err(error) = life.call(|plugin| {
+                    plugin.tick()?;
+                    plugin.deliver_queues()
+                }) {
+                    tracing::error!(target: "driftlock::gateway", %error, "the filter crashed in a tick");
+                }
+            }
+        }
+    }
+}
+
+impl Life {
+    /// Calls the plugin and sees to everything the call brought about besides its result.
+    fn call<T>(&self, work: impl FnOnce(&mut Plugin) -> Result<T, AbiError>) -> Result<T, AbiError> {
+        let mut running = lock(&self.running);
+        let result = work(&mut running.plugin);
+        self.after_call(&mut running);
+        result
+    }
+
+    fn after_call(&self, running: &mut Running) {
+        for event in running.plugin.take_events() {
+            if let Some(mailbox) = running.mailboxes.get(&event.stream) {
+                let step = self.translate(&running.plugin, event.stream, direction_of(event.direction), event.step);
+                mailbox.deliver(direction_of(event.direction), step);
+            }
+        }
+        let period = running.plugin.tick_period();
+        let crashed = running.plugin.is_poisoned() && !running.lost;
+        if crashed {
+            running.lost = true;
+            for mailbox in running.mailboxes.values() {
+                mailbox.crash(LOST);
+            }
+        }
+        if crashed || period != running.tick_period {
+            running.tick_period = period;
+            if let Some(vm) = self.vm.upgrade() {
+                if crashed {
+                    vm.life.lock().unwrap_or_else(PoisonError::into_inner).take();
+                }
+                vm.changed.notify_one();
+            }
+        }
+    }
+
+    /// The gateway's form of a step; reads the header maps that go out, so the plugin must not have
+    /// run since.
+    fn translate(&self, plugin: &Plugin, id: StreamId, direction: Direction, step: abi::Step) -> Step {
+        match step {
+            abi::Step::Forward(release) => Step::Forward(release_of(plugin, id, direction, release)),
+            abi::Step::Hold => {
+                Step::Hold { read_on: plugin.held_bytes(id, abi_direction(direction)) <= self.limit_bytes }
+            }
+            abi::Step::Reply(reply) => Step::Reply(LocalReply {
+                status: u16::try_from(reply.status).unwrap_or(500),
+                headers: pairs_of(&reply.response_headers()),
+                details: reply.details,
+                through_filter: reply.through_response_callbacks,
+                body: Bytes::from(reply.body),
+            }),
+            abi::Step::Close => Step::Close,
+        }
+    }
+}
+
+fn release_of(plugin: &Plugin, id: StreamId, direction: Direction, release: abi::Release) -> Release {
+    let (headers, trailers) = match direction {
+        Direction::Request => (MapType::RequestHeaders, MapType::RequestTrailers),
+        Direction::Response => (MapType::ResponseHeaders, MapType::ResponseTrailers),
+    };
+    let map = |wanted: bool, kind| wanted.then(|| plugin.header_map(id, kind).map(pairs_of).unwrap_or_default());
+    Release {
+        headers: map(release.headers, headers),
+        body: Bytes::from(release.body),
+        trailers: map(release.trailers, trailers),
+        end: release.end_of_stream,
+    }
+}
+
+fn pairs_of(map: &HeaderMap) -> HeaderPairs {
+    map.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
+}
+
+fn abi_direction(direction: Direction) -> abi::Direction {
+    match direction {
+        Direction::Request => abi::Direction::Request,
+        Direction::Response => abi::Direction::Response,
+    }
+}
+
+fn direction_of(direction: abi::Direction) -> Direction {
+    match direction {
+        abi::Direction::Request => Direction::Request,
+        abi::Direction::Response => Direction::Response,
+    }
+}
+
+impl Mailbox {
+    fn deliver(&self, direction: Direction, step: Step) {
+        let mut mail = lock(&self.0);
+        match step {
+            Step::Forward(release) => mail.steps[direction as usize].get_or_insert_default().append(release),
+            Step::Hold { .. } => {}
+            end => {
+                mail.end.get_or_insert(end);
+            }
+        }
+        mail.wake();
+    }
+
+    fn crash(&self, message: &str) {
+        let mut mail = lock(&self.0);
+        mail.crash = Some(message.to_owned());
+        mail.wake();
+    }
+}
+
+impl Mail {
+    fn wake(&mut self) {
+        for waker in self.wakers.iter_mut().filter_map(Option::take) {
+            waker.wake();
+        }
+    }
+
+    fn wait(&mut self, who: usize, cx: &Context<'_>) -> Poll<Result<Step, FilterError>> {
+        if let Some(end) = self.end.take() {
+            return Poll::Ready(Ok(end));
+        }
+        if let Some(message) = self.crash.take() {
+            return Poll::Ready(Err(FilterError::Crashed(message)));
+        }
+        match &mut self.wakers[who] {
+            Some(waker) => waker.clone_from(cx.waker()),
+            slot => *slot = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+}
+
+/// What the filter is told of.
+enum Piece {
+    Headers(HeaderPairs, bool),
+    Body(Bytes, bool),
+    Trailers(HeaderPairs),
+}
+
+impl From<Piece> for Release {
+    fn from(piece: Piece) -> Self {
+        match piece {
+            Piece::Headers(headers, end) => Self { headers: Some(headers), end, ..Self::default() },
+            Piece::Body(body, end) => Self { body, end, ..Self::default() },
+            Piece::Trailers(trailers) => Self { trailers: Some(trailers), end: true, ..Self::default() },
+        }
+    }
+}
+
+fn map_of(pairs: HeaderPairs) -> HeaderMap {
+    pairs.into_iter().collect()
+}
+
+/// One exchange on one VM.
+struct WasmFilter {
+    life: Arc<Life>,
+    stream: StreamId,
+    mailbox: Arc<Mailbox>,
+    /// By direction: what came for a VM that was lost already.
+    late: [Release; 2],
+}
+
+impl WasmFilter {
+    /// Reports a piece of the exchange. What others brought about for this direction comes first.
+    fn report(&mut self, direction: Direction, piece: Piece) -> Result<Step, FilterError> {
+        let (id, life) = (self.stream, &self.life);
+        let mut running = lock(&life.running);
+        if running.plugin.is_poisoned() {
+            self.late[direction as usize].append(piece.into());
+            return Err(FilterError::Crashed(LOST.to_owned()));
+        }
+        let plugin = &mut running.plugin;
+        let result = match (piece, direction) {
+            (Piece::Headers(pairs, end), Direction::Request) => plugin.request_headers(id, map_of(pairs), end),
+            (Piece::Headers(pairs, end), Direction::Response) => plugin.response_headers(id, map_of(pairs), end),
+            (Piece::Body(chunk, end), Direction::Request) => plugin.request_body(id, &chunk, end),
+            (Piece::Body(chunk, end), Direction::Response) => plugin.response_body(id, &chunk, end),
+            (Piece::Trailers(pairs), Direction::Request) => plugin.request_trailers(id, map_of(pairs)),
+            (Piece::Trailers(pairs), Direction::Response) => plugin.response_trailers(id, map_of(pairs)),
+        };
+        let result = match result {
+            Ok(step) => Ok(life.translate(plugin, id, direction, step)),
+            Err(error) => Err(FilterError::Crashed(error.to_string())),
+        };
+        // Taken only after a success: after a crash `take_held` looks for it.
+        let earlier = if result.is_ok() { lock(&self.mailbox.0).steps[direction as usize].take() } else { None };
+        life.after_call(&mut running);
+        drop(running);
+        Ok(match (earlier, result?) {
+            (None, step) => step,
+            (Some(mut earlier), Step::Forward(release)) => {
+                earlier.append(release);
+                Step::Forward(earlier)
+            }
+            (Some(earlier), Step::Hold { .. }) => Step::Forward(earlier),
+            (Some(_), end) => end,
+        })
+    }
+}
+
+impl HttpFilter for WasmFilter {
+    fn headers(&mut self, direction: Direction, headers: HeaderPairs, end: bool) -> Result<Step, FilterError> {
+        self.report(direction, Piece::Headers(headers, end))
+    }
+
+    fn body(&mut self, direction: Direction, chunk: Bytes, end: bool) -> Result<Step, FilterError> {
+        self.report(direction, Piece::Body(chunk, end))
+    }
+
+    fn trailers(&mut self, direction: Direction, trailers: HeaderPairs) -> Result<Step, FilterError> {
+        self.report(direction, Piece::Trailers(trailers))
+    }
+
+    fn poll_resumed(&mut self, direction: Direction, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>> {
+        let mut mail = lock(&self.mailbox.0);
+        match mail.steps[direction as usize].take() {
+            Some(release) => Poll::Ready(Ok(Step::Forward(release))),
+            None => mail.wait(direction as usize, cx),
+        }
+    }
+
+    fn poll_interrupted(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>> {
+        lock(&self.mailbox.0).wait(2, cx)
+    }
+
+    fn take_held(&mut self, direction: Direction) -> Release {
+        let mut running = lock(&self.life.running);
+        let mut held = lock(&self.mailbox.0).steps[direction as usize].take().unwrap_or_default();
+        if let Ok(release) = running.plugin.salvage(self.stream, abi_direction(direction)) {
+            held.append(release_of(&running.plugin, self.stream, direction, release));
+        }
+        held.append(std::mem::take(&mut self.late[direction as usize]));
+        held
+    }
+
+    fn finish(self: Box<Self>) -> FilterState {
+        let mut running = lock(&self.life.running);
+        let ended = running.plugin.done(self.stream);
+        running.mailboxes.remove(&self.stream);
+        let delivered = if running.lost { Ok(0) } else { running.plugin.deliver_queues() };
+        self.life.after_call(&mut running);
+        drop(running);
+        let ended = ended.unwrap_or_default();
+        if let Some(error) = ended.error.or(delivered.err()) {
+            tracing::error!(target: "driftlock::gateway", %error, "the filter crashed at the end of an exchange");
+        }
+        ended.filter_state
+    }
+}
+
+impl FilterFactory for WasmFilters {
+    fn open(&self, connection: &ConnectionInfo) -> Result<Box<dyn HttpFilter>, FilterError> {
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut last_error = None;
+        for offset in 0..self.vms.len() {
+            let vm = self.vms.get(first.wrapping_add(offset) % self.vms.len());
+            let Some(life) = vm.and_then(|vm| vm.life()) else { continue };
+            match open_on(&life, connection) {
+                Ok(filter) => return Ok(Box::new(filter)),
+                Err(error) => last_error = Some(error),
+            }
+        }
+        Err(FilterError::Unavailable(last_error.map_or_else(
+            || "all have crashed and are being replaced".to_owned(),
+            |error| error.to_string(),
+        )))
+    }
+
+    fn ready(&self) -> bool {
+        self.vms.iter().any(|vm| vm.life().is_some())
+    }
+
+    fn write_metrics(&self, out: &mut String) {
+        let ready = self.vms.iter().filter(|vm| vm.life().is_some()).count();
+        let name = "driftlock_gateway_filter_vms_ready";
+        metrics::header(out, name, "gauge", "Filter VMs that take exchanges.");
+        metrics::sample(out, name, ready as u64);
+        write_guest_metrics(&self.shared, out);
+    }
+}
+
+fn open_on(life: &Arc<Life>, connection: &ConnectionInfo) -> Result<WasmFilter, AbiError> {
+    let mut running = lock(&life.running);
+    let opened = running.plugin.stream();
+    if let Ok(stream) = opened {
+        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        let properties: [(&[&str], PropertyValue); 7] = [
+            (&["source", "address"], connection.peer.to_string().as_str().into()),
+            (&["source", "port"], i64::from(connection.peer.port()).into()),
+            (&["destination", "address"], connection.local.to_string().as_str().into()),
+            (&["destination", "port"], i64::from(connection.local.port()).into()),
+            (&["connection", "id"], PropertyValue::Uint(connection.id)),
+            (&["request", "protocol"], "HTTP/1.1".into()),
+            (&["request", "time"], PropertyValue::TimestampNs(i64::try_from(now_ns).unwrap_or(i64::MAX))),
+        ];
+        for (path, value) in properties {
+            running.plugin.set_property(stream, path, value)?;
+        }
+        let mailbox = Arc::new(Mailbox::default());
+        running.mailboxes.insert(stream, Arc::clone(&mailbox));
+        life.after_call(&mut running);
+        return Ok(WasmFilter { life: Arc::clone(life), stream, mailbox, late: Default::default() });
+    }
+    life.after_call(&mut running);
+    Err(opened.err().unwrap_or(AbiError::Poisoned { reason: "no stream".to_owned() }))
+}
+
+/// The guests' metrics. A name that two kinds share keeps its first; Prometheus allows one.
+fn write_guest_metrics(shared: &SharedState, out: &mut String) {
+    let mut taken = std::collections::BTreeSet::new();
+    for sample in shared.metrics().snapshot() {
+        let name = metrics::sanitised_name(&sample.name);
+        if !taken.insert(name.clone()) {
+            continue;
+        }
+        match sample.value {
+            MetricValue::Counter(value) => {
+                metrics::header(out, &name, "counter", "Counted by the filter.");
+                metrics::sample(out, &name, value);
+            }
+            MetricValue::Gauge(value) => {
+                metrics::header(out, &name, "gauge", "Set by the filter.");
+                metrics::sample(out, &name, value);
+            }
+            MetricValue::Histogram { count, sum, buckets } => {
+                metrics::header(out, &name, "histogram", "Recorded by the filter.");
+                let mut total = 0;
+                for (bound, bucket) in HISTOGRAM_BOUNDS.iter().zip(buckets) {
+                    total += bucket;
+                    metrics::sample(out, &format!("{name}_bucket{{le=\"{bound}\"}}"), total);
+                }
+                metrics::sample(out, &format!("{name}_bucket{{le=\"+Inf\"}}"), count);
+                metrics::sample(out, &format!("{name}_sum"), sum);
+                metrics::sample(out, &format!("{name}_count"), count);
+            }
+        }
+    }
+}
