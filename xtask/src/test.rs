@@ -1,0 +1,127 @@
+//! Everything that has to hold before a change is taken, cheapest first.
+//!
+//! Crates are checked one at a time: a build of the whole workspace unifies features, which hides a
+//! `no_std` crate that has come to need `std`. What links wasmtime is built in the release profile
+//! only, since compiling wasmtime twice would cost more than all the tests together.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::build::{self, Dist, GUEST};
+use crate::command::{Failure, Workspace, run};
+use crate::{envoy, tidy};
+
+/// A bare-metal target: it has no `std` at all, so a crate that builds for it needs none.
+const BARE_METAL: &str = "thumbv7em-none-eabi";
+
+/// Runs all steps, stops at the first that fails, and says how long each took.
+pub(crate) fn test(workspace: &Workspace) -> Result<(), Failure> {
+    let mut steps = Steps { started: Instant::now(), took: Vec::new() };
+    let result = all(workspace, &mut steps);
+    eprintln!();
+    for (name, took) in &steps.took {
+        eprintln!("{:>7.1} s  {name}", took.as_secs_f64());
+    }
+    let total = steps.started.elapsed().as_secs();
+    match result {
+        Ok(()) => {
+            println!("PASS: {} steps in {} min {:02} s", steps.took.len(), total / 60, total % 60);
+            Ok(())
+        }
+        Err(failure) => {
+            println!("FAIL after {} min {:02} s", total / 60, total % 60);
+            Err(failure)
+        }
+    }
+}
+
+struct Steps {
+    started: Instant,
+    took: Vec<(String, Duration)>,
+}
+
+impl Steps {
+    fn step<T>(&mut self, name: &str, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        eprintln!("\n== {name}");
+        let started = Instant::now();
+        let result = work();
+        self.took.push((name.to_owned(), started.elapsed()));
+        result.map_err(|failure| Failure::new(format!("{name}: {failure}")))
+    }
+}
+
+fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
+    let cargo = |arguments: &[&str]| run(&mut workspace.cargo(arguments));
+    steps.step("tidy", || tidy::tidy(workspace))?;
+    steps.step("format", || cargo(&["fmt", "--all", "--check"]))?;
+
+    for package in ["driftlock-engine", "driftlock-inspect"] {
+        steps.step(&format!("tests of {package}"), || cargo(&["test", "--quiet", "--package", package]))?;
+    }
+    steps.step("bare metal: engine and inspect without std", || {
+        for target in [GUEST, BARE_METAL] {
+            build::add_target(target)?;
+            for package in ["driftlock-engine", "driftlock-inspect"] {
+                cargo(&["build", "--package", package, "--no-default-features", "--target", target])?;
+            }
+        }
+        Ok(())
+    })?;
+
+    for package in ["driftlock-engine", "driftlock-inspect", "xtask"] {
+        steps.step(&format!("lints of {package}"), || {
+            cargo(&["clippy", "--quiet", "--package", package, "--all-targets", "--", "-D", "warnings"])
+        })?;
+    }
+    steps.step("lints of driftlock-filter", || {
+        cargo(&[
+            "clippy",
+            "--quiet",
+            "--package",
+            "driftlock-filter",
+            "--target",
+            GUEST,
+            "--",
+            "-D",
+            "warnings",
+        ])
+    })?;
+    for package in ["driftlock-host", "driftlock-tests", "driftlock-benches"] {
+        steps.step(&format!("lints of {package}"), || {
+            cargo(&[
+                "clippy",
+                "--quiet",
+                "--release",
+                "--package",
+                package,
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ])
+        })?;
+    }
+
+    let Dist { binary, filter } = steps.step("build", || build::build(workspace))?;
+    let envoy = steps.step("install Envoy", || envoy::install(workspace))?;
+    let with_products = |command: &mut Command| {
+        run(command
+            .env("DRIFTLOCK_BINARY", &binary)
+            .env("DRIFTLOCK_FILTER", &filter)
+            .env(envoy::BINARY_VARIABLE, &envoy))
+    };
+    for package in ["driftlock-host", "driftlock-tests"] {
+        steps.step(&format!("tests of {package}"), || {
+            with_products(&mut workspace.cargo(["test", "--release", "--quiet", "--package", package]))
+        })?;
+    }
+    steps.step("envoy/minimal.yaml is valid", || validate_minimal(workspace, &envoy))
+}
+
+/// Envoy's own check of the file an operator starts from. It names the filter by a path relative to
+/// the workspace's root.
+fn validate_minimal(workspace: &Workspace, envoy: &std::path::Path) -> Result<(), Failure> {
+    run(Command::new(envoy)
+        .args(["--mode", "validate", "--log-level", "error", "-c", "envoy/minimal.yaml"])
+        .current_dir(&workspace.root))
+}
