@@ -1,2 +1,54 @@
 //! The `driftlock` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use driftlock_host::{eval, explain, gateway, replay, synth, train};
+use tracing_subscriber::EnvFilter;
+
+/// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
+#[derive(Debug, Parser)]
+#[command(name = "driftlock", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Learn a baseline from a capture of normal traffic.
+    Train(train::Args),
+    /// Judge every exchange of a capture, natively, through the .wasm, or through Envoy.
+    Replay(replay::Args),
+    /// Show what surprised the model in one exchange, byte by byte.
+    Explain(explain::Args),
+    /// Run a reverse proxy with the filter in front of an upstream.
+    Gateway(gateway::Args),
+    /// Measure detection on labelled captures, by the published protocol.
+    Eval(eval::Args),
+    /// Generate an LLM gateway's traffic, with labelled anomalies.
+    Synth(synth::Args),
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn")))
+        .without_time()
+        .init();
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args).map_err(anyhow::Error::from),
+        Command::Replay(args) => replay::run(&args).map_err(anyhow::Error::from),
+        Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
+        Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
+        Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
+        Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            anstream::eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
