@@ -1032,6 +1032,12 @@ fn other_bodies_are_one_unit() {
     let (units, result, _) = whole(make(None), b"  PK\x03\x04\xff\x00");
     assert_eq!(result, Err(ContentError::InvalidUtf8 { offset: 6 }));
     assert_eq!(units[&Unit { role: Role::Body, index: 0 }].text, b"PK\x03\x04\xff\x00");
+    for step in 1..9 {
+        assert_eq!(
+            read(make(None), b"a\xffbcd\xff", || step).1,
+            Err(ContentError::InvalidUtf8 { offset: 1 })
+        );
+    }
     assert_eq!(whole(make(None), b"caf\xc3").1, Err(ContentError::InvalidUtf8 { offset: 4 }));
     for empty in [Some("text/plain"), Some("application/json"), Some("text/event-stream"), None] {
         assert_eq!(whole(make(empty), b""), (Units::new(), Ok(Summary::default()), Summary::default()));
@@ -1060,6 +1066,7 @@ fn the_parser_is_chosen_by_path_and_content_type() {
     assert_eq!(style(b"/x", Some(b"multipart/form-data; boundary=x")), "content_type_multipart");
     assert_eq!(style(b"/x", Some(b"application/grpc+proto")), "content_type_protobuf");
     assert_eq!(style(b"/x", Some(b"IMAGE/png")), "content_type_binary");
+    assert_eq!(style(b"/x", Some(b" application/json ; charset=utf-8")), "json");
     let answer = |content_type: &[u8], body: &[u8]| match BodyParser::for_response(
         Some(ApiStyle::OpenAiChat),
         Some(content_type),
@@ -1072,6 +1079,67 @@ fn the_parser_is_chosen_by_path_and_content_type() {
     assert_eq!(texts(&answer(b"text/html", b"<h1>502</h1>"), Role::Body), ["<h1>502</h1>"]);
     let refused = BodyParser::for_response(None, Some(b"application/vnd.amazon.eventstream"));
     assert_eq!(refused.unwrap_err().as_str(), "content_type_amazon_eventstream");
+}
+
+#[test]
+fn lone_surrogates_keep_their_offsets() {
+    let body = br#"{"messages":[{"content":"a\ud83d\ud83d\ude00b\ud83d\nc"}]}"#;
+    for step in [1, 2, 5, usize::MAX] {
+        let (units, ..) = read(request(), body, || step);
+        assert_eq!(texts(&units, Role::User), ["a\u{fffd}\u{1f600}b\u{fffd}\nc"]);
+        let offsets = &units[&Unit { role: Role::User, index: 0 }].offsets;
+        let from_the_start: Vec<_> = offsets.iter().map(|offset| offset - 25).collect();
+        assert_eq!(from_the_start, [0, 1, 2, 3, 7, 8, 9, 10, 19, 20, 21, 22, 26, 28]);
+    }
+}
+
+#[test]
+fn the_shape_unused_longest_is_forgotten() {
+    let event = |name: usize| format!("data: {{\"k{name}\":1}}\n\n");
+    let fill: String = (0..8).map(event).collect();
+    // 0 is used again, so 8 takes the place of 1; then 0 is still known and 1 is not.
+    let (units, _) = chat_stream(&(fill + &event(0) + &event(8) + &event(0) + &event(1)));
+    let expected: String = (0..9).chain([1]).map(|name| format!("{{\"k{name}\":1}}")).collect();
+    assert_eq!(envelope(&units), expected);
+}
+
+#[test]
+fn an_event_that_outgrows_the_bound_keeps_its_beginning() {
+    let filler = "y".repeat(9000);
+    let body = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"hi\"}}}}],\"x\":\"{filler}\"}}\n\n");
+    for step in [100, usize::MAX] {
+        let (units, ..) = read(stream(), body.as_bytes(), || step);
+        assert_eq!(envelope(&units), body[6..body.len() - 2].replace("hi", ""));
+    }
+    // So does one of too many values.
+    let body = format!("data: [{}0]\n\n", "1,".repeat(600)).repeat(2);
+    for step in [100, usize::MAX] {
+        let (units, ..) = read(stream(), body.as_bytes(), || step);
+        assert_eq!(envelope(&units), body.replace("data: ", "").replace('\n', ""));
+    }
+}
+
+#[test]
+fn after_too_much_text_a_choices_calls_count_by_position() {
+    let calls = |before: &str, text: &str| {
+        format!(
+            "data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{before}\",\"tool_calls\":[{{\"function\":{{\"arguments\":\"{text}\"}},\"index\":5}}]}}}}]}}\n\n"
+        )
+    };
+    for (length, expected) in [(64 * 1024 - 1, vec!["xy"]), (64 * 1024 + 1, vec!["x", "y"])] {
+        let body = calls(&"a".repeat(length), "x") + &calls("", "y");
+        for step in [1000, usize::MAX] {
+            let (units, ..) = read(stream(), body.as_bytes(), || step);
+            assert_eq!(texts(&units, Role::ToolCall), expected);
+        }
+    }
+}
+
+#[test]
+fn a_changed_element_is_given_without_its_arrays_key() {
+    let (units, _) =
+        chat_stream("data: {\"a\":[\"x\",1]}\n\ndata: {\"a\":[\"z\",1]}\n\ndata: {\"a\":[\"z\",2]}\n\n");
+    assert_eq!(envelope(&units), "{\"a\":[\"x\",1]}\"z\",2]");
 }
 
 // -------------------------------------------------------------------------------------------- recorded traffic
