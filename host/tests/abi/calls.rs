@@ -131,8 +131,8 @@ fn foreign_functions_are_found_by_name() {
         (call $say (call $call_foreign_function (i32.const 100) (i32.const 5) (i32.const 105)
           (i32.const 0) (i32.const 0) (i32.const 4)))
         (call $say (call $call_foreign_function (i32.const 100) (i32.const 5) (i32.const 105)
-          (i32.const 3) (i32.const 0) (i32.const 4)))
-        (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4))))"#;
+          (i32.const 3) (i32.const 8) (i32.const 4)))
+        (call $tell (i32.load (i32.const 8)) (i32.load (i32.const 4))))"#;
     let mut options = PluginOptions::default();
     options.foreign_functions.insert(
         "shout".to_owned(),
