@@ -30,9 +30,7 @@ impl VirtualClock {
     /// A clock that stands at `now_ns`.
     #[must_use]
     pub fn at_ns(now_ns: u64) -> Self {
-        Self {
-            now_ns: Arc::new(AtomicU64::new(now_ns)),
-        }
+        Self { now_ns: Arc::new(AtomicU64::new(now_ns)) }
     }
 
     /// Moves every clone to `now_ns`.

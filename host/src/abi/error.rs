@@ -11,16 +11,22 @@ use std::fmt::{self, Write as _};
 #[non_exhaustive]
 pub enum AbiError {
     /// The bytes are not a module wasmtime can compile.
-    #[error("not a usable WebAssembly module: {message}; build the filter for wasm32-unknown-unknown or wasm32-wasip1")]
+    #[error(
+        "not a usable WebAssembly module: {message}; build the filter for wasm32-unknown-unknown or wasm32-wasip1"
+    )]
     Compile {
         /// What the compiler said.
         message: String,
     },
     /// No `proxy_abi_version_*` export, so it is some other kind of module.
-    #[error("the module exports no proxy_abi_version_0_2_0 or proxy_abi_version_0_2_1: it is not a proxy-wasm filter, or its SDK is too old")]
+    #[error(
+        "the module exports no proxy_abi_version_0_2_0 or proxy_abi_version_0_2_1: it is not a proxy-wasm filter, or its SDK is too old"
+    )]
     NotProxyWasm,
     /// A proxy-wasm module of an ABI that this host does not speak.
-    #[error("the module speaks {found}; this host speaks proxy-wasm ABI 0.2.0 and 0.2.1: rebuild the filter with a current SDK")]
+    #[error(
+        "the module speaks {found}; this host speaks proxy-wasm ABI 0.2.0 and 0.2.1: rebuild the filter with a current SDK"
+    )]
     UnsupportedAbi {
         /// The version export that was found.
         found: String,

@@ -28,9 +28,7 @@ impl HeaderMap {
     /// An empty map with room for `count` entries.
     #[must_use]
     pub fn with_capacity(count: usize) -> Self {
-        Self {
-            pairs: Vec::with_capacity(count),
-        }
+        Self { pairs: Vec::with_capacity(count) }
     }
 
     /// How many entries there are (repeated names count each time).
@@ -47,18 +45,13 @@ impl HeaderMap {
 
     /// The entries in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&[u8], &[u8])> + Clone {
-        self.pairs
-            .iter()
-            .map(|(name, value)| (name.as_slice(), value.as_slice()))
+        self.pairs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))
     }
 
     /// The first value under `name`, whatever the case of `name`.
     #[must_use]
     pub fn first(&self, name: &[u8]) -> Option<&[u8]> {
-        self.pairs
-            .iter()
-            .find(|(n, _)| n.eq_ignore_ascii_case(name))
-            .map(|(_, value)| value.as_slice())
+        self.pairs.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_slice())
     }
 
     /// All values under `name`, joined with a comma when there are several (RFC 9110, 5.3).
@@ -86,11 +79,7 @@ impl HeaderMap {
 
     /// Sets `name` to exactly one value, at its first position if it had one.
     pub fn replace(&mut self, name: &[u8], value: &[u8]) {
-        let Some(at) = self
-            .pairs
-            .iter()
-            .position(|(n, _)| n.eq_ignore_ascii_case(name))
-        else {
+        let Some(at) = self.pairs.iter().position(|(n, _)| n.eq_ignore_ascii_case(name)) else {
             return self.add(name, value);
         };
         let mut index = 0;
@@ -181,11 +170,7 @@ impl HeaderMap {
             name.make_ascii_lowercase();
             pairs.push((name, take_text(&mut rest, value_len)?));
         }
-        if rest.is_empty() {
-            Ok(Self { pairs })
-        } else {
-            Err(Status::BadArgument)
-        }
+        if rest.is_empty() { Ok(Self { pairs }) } else { Err(Status::BadArgument) }
     }
 }
 
@@ -228,11 +213,7 @@ mod tests {
 
     #[test]
     fn the_abi_form_round_trips_and_every_cut_is_refused() {
-        for headers in [
-            map(&[]),
-            map(&[("", "")]),
-            map(&[(":path", "/x"), ("a", ""), ("a", "é\0")]),
-        ] {
+        for headers in [map(&[]), map(&[("", "")]), map(&[(":path", "/x"), ("a", ""), ("a", "é\0")])] {
             let mut bytes = Vec::new();
             headers.encode(&mut bytes);
             assert_eq!(HeaderMap::decode(&bytes), Ok(headers));

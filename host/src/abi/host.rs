@@ -112,20 +112,16 @@ impl Host {
     pub(super) fn readable_map(&self, kind: MapType) -> Option<&HeaderMap> {
         match kind {
             MapType::HttpCallHeaders => self.answer.as_ref().map(|answer| &answer.headers),
-            MapType::HttpCallTrailers => self
-                .answer
-                .as_ref()
-                .map(|answer| &answer.trailers)
-                .filter(|trailers| !trailers.is_empty()),
+            MapType::HttpCallTrailers => {
+                self.answer.as_ref().map(|answer| &answer.trailers).filter(|trailers| !trailers.is_empty())
+            }
             _ => self.stream()?.readable_map(kind),
         }
     }
 
     /// A map as the guest may change it now; `BadArgument` once it is closed.
     pub(super) fn writable_map(&mut self, kind: MapType) -> Result<&mut HeaderMap, Status> {
-        self.stream_mut()
-            .and_then(|stream| stream.writable_map(kind))
-            .ok_or(Status::BadArgument)
+        self.stream_mut().and_then(|stream| stream.writable_map(kind)).ok_or(Status::BadArgument)
     }
 
     /// A buffer's bytes; `NotFound` when there is no such buffer now.
@@ -133,18 +129,14 @@ impl Host {
         let body = |direction| {
             let stream = self.stream();
             // A body that is not there now is an empty one.
-            stream
-                .and_then(|stream| stream.side(direction).visible_body())
-                .unwrap_or_default()
+            stream.and_then(|stream| stream.side(direction).visible_body()).unwrap_or_default()
         };
         match kind {
             BufferType::RequestBody => Ok(body(Direction::Request)),
             BufferType::ResponseBody => Ok(body(Direction::Response)),
-            BufferType::HttpCallBody => self
-                .answer
-                .as_ref()
-                .map(|answer| answer.body.as_slice())
-                .ok_or(Status::NotFound),
+            BufferType::HttpCallBody => {
+                self.answer.as_ref().map(|answer| answer.body.as_slice()).ok_or(Status::NotFound)
+            }
             BufferType::VmConfiguration => Ok(&self.vm_configuration),
             BufferType::PluginConfiguration if self.configuring => Ok(&self.plugin_configuration),
             BufferType::PluginConfiguration => Err(Status::NotFound),

@@ -89,13 +89,9 @@ fn buffers_and_maps(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
             finish(get_buffer_bytes(&mut c, kind, start, max, ptr, len))
         },
     )?;
-    linker.func_wrap(
-        env,
-        "proxy_get_buffer_status",
-        |mut c: Ctx<'_>, kind: u32, len: u32, flags: u32| {
-            finish(get_buffer_status(&mut c, kind, len, flags))
-        },
-    )?;
+    linker.func_wrap(env, "proxy_get_buffer_status", |mut c: Ctx<'_>, kind: u32, len: u32, flags: u32| {
+        finish(get_buffer_status(&mut c, kind, len, flags))
+    })?;
     linker.func_wrap(
         env,
         "proxy_set_buffer_bytes",
@@ -106,20 +102,12 @@ fn buffers_and_maps(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
     linker.func_wrap(env, "proxy_get_header_map_size", |mut c: Ctx<'_>, map: u32, out: u32| {
         finish(get_header_map_size(&mut c, map, out))
     })?;
-    linker.func_wrap(
-        env,
-        "proxy_get_header_map_pairs",
-        |mut c: Ctx<'_>, map: u32, ptr: u32, len: u32| {
-            finish(get_header_map_pairs(&mut c, map, ptr, len))
-        },
-    )?;
-    linker.func_wrap(
-        env,
-        "proxy_set_header_map_pairs",
-        |mut c: Ctx<'_>, map: u32, ptr: u32, len: u32| {
-            finish(set_header_map_pairs(&mut c, map, ptr, len))
-        },
-    )?;
+    linker.func_wrap(env, "proxy_get_header_map_pairs", |mut c: Ctx<'_>, map: u32, ptr: u32, len: u32| {
+        finish(get_header_map_pairs(&mut c, map, ptr, len))
+    })?;
+    linker.func_wrap(env, "proxy_set_header_map_pairs", |mut c: Ctx<'_>, map: u32, ptr: u32, len: u32| {
+        finish(set_header_map_pairs(&mut c, map, ptr, len))
+    })?;
     linker.func_wrap(
         env,
         "proxy_get_header_map_value",
@@ -161,11 +149,9 @@ fn streams_and_calls(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
     linker.func_wrap(env, "proxy_close_stream", |mut c: Ctx<'_>, kind: u32| {
         finish(close_stream(c.data_mut(), kind))
     })?;
-    linker.func_wrap(
-        env,
-        "proxy_get_status",
-        |mut c: Ctx<'_>, code: u32, ptr: u32, len: u32| finish(get_status(&mut c, code, ptr, len)),
-    )?;
+    linker.func_wrap(env, "proxy_get_status", |mut c: Ctx<'_>, code: u32, ptr: u32, len: u32| {
+        finish(get_status(&mut c, code, ptr, len))
+    })?;
     linker.func_wrap(
         env,
         "proxy_send_local_response",
@@ -244,11 +230,7 @@ fn grpc(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
     )?;
     // No call or stream was ever opened, so its token is unknown.
     let unknown = || finish(Err(Status::NotFound.into()));
-    linker.func_wrap(
-        env,
-        "proxy_grpc_send",
-        move |_: Ctx<'_>, _: u32, _: u32, _: u32, _: u32| unknown(),
-    )?;
+    linker.func_wrap(env, "proxy_grpc_send", move |_: Ctx<'_>, _: u32, _: u32, _: u32, _: u32| unknown())?;
     linker.func_wrap(env, "proxy_grpc_cancel", move |_: Ctx<'_>, _: u32| unknown())?;
     linker.func_wrap(env, "proxy_grpc_close", move |_: Ctx<'_>, _: u32| unknown())?;
     Ok(())
@@ -363,13 +345,7 @@ fn log(c: &mut Ctx<'_>, level: u32, ptr: u32, len: u32) -> Outcome {
     Ok(())
 }
 
-fn call_foreign_function(
-    c: &mut Ctx<'_>,
-    name: Range,
-    arguments: Range,
-    out: u32,
-    out_len: u32,
-) -> Outcome {
+fn call_foreign_function(c: &mut Ctx<'_>, name: Range, arguments: Range, out: u32, out_len: u32) -> Outcome {
     let (memory, host) = view(c)?;
     let name = bytes(memory, name.0, name.1)?;
     let arguments = bytes(memory, arguments.0, arguments.1)?;
@@ -384,14 +360,7 @@ fn call_foreign_function(
     })
 }
 
-fn get_buffer_bytes(
-    c: &mut Ctx<'_>,
-    kind: u32,
-    start: u32,
-    max: u32,
-    ptr: u32,
-    len: u32,
-) -> Outcome {
+fn get_buffer_bytes(c: &mut Ctx<'_>, kind: u32, start: u32, max: u32, ptr: u32, len: u32) -> Outcome {
     let kind = BufferType::from_abi(kind)?;
     let buffer = c.data().buffer(kind)?;
     // Out of range is nothing, not an error, and then the guest's pointers are left alone.
@@ -460,11 +429,7 @@ fn get_header_map_value(c: &mut Ctx<'_>, map: u32, key: Range, ptr: u32, len: u3
     let key = bytes(memory, key.0, key.1)?;
     let Some(headers) = host.readable_map(kind) else {
         let logging = host.stream().is_some_and(|stream| stream.log_phase);
-        return Err(if logging {
-            Status::NotFound.into()
-        } else {
-            Status::BadArgument.into()
-        });
+        return Err(if logging { Status::NotFound.into() } else { Status::BadArgument.into() });
     };
     let value = headers.first(key).ok_or(Status::NotFound)?.to_vec();
     give(c, ptr, len, |_, out| {
@@ -577,9 +542,8 @@ fn http_call(
     let trailers = HeaderMap::decode(bytes(memory, trailers.0, trailers.1)?)?;
     // Envoy's timeout is a signed number of milliseconds.
     let known = host.upstreams.as_ref().is_none_or(|known| known.contains(upstream));
-    let complete = [&b":method"[..], b":path", b":authority"]
-        .iter()
-        .all(|name| headers.first(name).is_some());
+    let complete =
+        [&b":method"[..], b":path", b":authority"].iter().all(|name| headers.first(name).is_some());
     if !known || !complete || i32::try_from(timeout_ms).is_err() {
         return Err(Status::BadArgument.into());
     }
@@ -598,14 +562,7 @@ fn http_call(
     write_u32(memory, out, id)?;
     host.last_call = id;
     host.outstanding.insert(id);
-    host.calls.push(HttpCall {
-        id,
-        upstream,
-        headers,
-        body,
-        trailers,
-        timeout_ms,
-    });
+    host.calls.push(HttpCall { id, upstream, headers, body, trailers, timeout_ms });
     Ok(())
 }
 
@@ -657,8 +614,8 @@ fn enqueue_shared_queue(c: &mut Ctx<'_>, queue: u32, value: Range) -> Outcome {
 fn define_metric(c: &mut Ctx<'_>, kind: u32, name: Range, out: u32) -> Outcome {
     let kind = MetricKind::from_abi(kind)?;
     let (memory, host) = view(c)?;
-    let name = std::str::from_utf8(bytes(memory, name.0, name.1.min(4096))?)
-        .map_err(|_| Status::BadArgument)?;
+    let name =
+        std::str::from_utf8(bytes(memory, name.0, name.1.min(4096))?).map_err(|_| Status::BadArgument)?;
     let id = host.shared.metrics().define(kind, name)?;
     put_u32(c, out, id)
 }

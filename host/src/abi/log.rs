@@ -67,19 +67,13 @@ impl LogSink {
     /// Passes lines at `level` and above to `write`; lower ones are dropped, and
     /// `proxy_get_log_level` tells the guest so.
     pub fn new(level: LogLevel, write: impl Fn(LogLine) + Send + Sync + 'static) -> Self {
-        Self {
-            level,
-            write: Some(Arc::new(write)),
-        }
+        Self { level, write: Some(Arc::new(write)) }
     }
 
     /// Drops every line; the guest is told that only critical ones are wanted.
     #[must_use]
     pub fn discard() -> Self {
-        Self {
-            level: LogLevel::Critical,
-            write: None,
-        }
+        Self { level: LogLevel::Critical, write: None }
     }
 
     /// Keeps every line at `level` and above in the returned list, for tests and replays.
@@ -88,9 +82,7 @@ impl LogSink {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let sink = lines.clone();
         let write = move |line| {
-            sink.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(line);
+            sink.lock().unwrap_or_else(PoisonError::into_inner).push(line);
         };
         (Self::new(level, write), lines)
     }
@@ -104,9 +96,7 @@ impl LogSink {
 
 impl fmt::Debug for LogSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LogSink")
-            .field("level", &self.level)
-            .finish_non_exhaustive()
+        f.debug_struct("LogSink").field("level", &self.level).finish_non_exhaustive()
     }
 }
 
@@ -119,11 +109,7 @@ pub(super) struct GuestLog {
 
 impl GuestLog {
     pub(super) fn new(sink: LogSink, root_id: &str) -> Self {
-        Self {
-            sink,
-            root_id: root_id.to_owned(),
-            last: VecDeque::new(),
-        }
+        Self { sink, root_id: root_id.to_owned(), last: VecDeque::new() }
     }
 
     pub(super) fn level(&self) -> LogLevel {

@@ -43,26 +43,18 @@ pub(super) fn finish(outcome: Outcome) -> wasmtime::Result<u32> {
 }
 
 /// The guest's memory and the host's state, side by side.
-pub(super) fn view<'a>(
-    caller: &'a mut Caller<'_, Host>,
-) -> Result<(&'a mut [u8], &'a mut Host), Status> {
+pub(super) fn view<'a>(caller: &'a mut Caller<'_, Host>) -> Result<(&'a mut [u8], &'a mut Host), Status> {
     let memory = match caller.data().memory {
         Some(memory) => memory,
         // The module's start function runs before the instance is handed over.
-        None => caller
-            .get_export("memory")
-            .and_then(Extern::into_memory)
-            .ok_or(Status::InternalFailure)?,
+        None => caller.get_export("memory").and_then(Extern::into_memory).ok_or(Status::InternalFailure)?,
     };
     Ok(memory.data_and_store_mut(caller))
 }
 
 /// `len` bytes at `ptr`.
 pub(super) fn bytes(memory: &[u8], ptr: u32, len: u32) -> Result<&[u8], Status> {
-    memory
-        .get(ptr as usize..)
-        .and_then(|rest| rest.get(..len as usize))
-        .ok_or(Status::InvalidMemoryAccess)
+    memory.get(ptr as usize..).and_then(|rest| rest.get(..len as usize)).ok_or(Status::InvalidMemoryAccess)
 }
 
 /// `len` writable bytes at `ptr`.
@@ -106,9 +98,8 @@ pub(super) fn give(
     let host = caller.data_mut();
     let mut value = std::mem::take(&mut host.scratch);
     value.clear();
-    let outcome = fill(host, &mut value)
-        .map_err(Stop::Status)
-        .and_then(|()| deliver(caller, ptr_out, len_out, &value));
+    let outcome =
+        fill(host, &mut value).map_err(Stop::Status).and_then(|()| deliver(caller, ptr_out, len_out, &value));
     if value.capacity() <= super::host::SCRATCH_MAX_BYTES {
         caller.data_mut().scratch = value;
     }

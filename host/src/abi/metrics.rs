@@ -75,11 +75,7 @@ pub struct MetricSample {
 enum Cell {
     Counter(AtomicU64),
     Gauge(AtomicU64),
-    Histogram {
-        count: AtomicU64,
-        sum: AtomicU64,
-        buckets: [AtomicU64; HISTOGRAM_BOUNDS.len() + 1],
-    },
+    Histogram { count: AtomicU64, sum: AtomicU64, buckets: [AtomicU64; HISTOGRAM_BOUNDS.len() + 1] },
 }
 
 struct Metric {
@@ -107,10 +103,7 @@ impl Metrics {
         let mut samples: Vec<_> = table
             .cells
             .iter()
-            .map(|metric| MetricSample {
-                name: metric.name.clone(),
-                value: metric.cell.value(),
-            })
+            .map(|metric| MetricSample { name: metric.name.clone(), value: metric.cell.value() })
             .collect();
         samples.sort_by(|a, b| {
             let rank = |sample: &MetricSample| match sample.value {
@@ -126,10 +119,7 @@ impl Metrics {
     /// The value of the first metric called `name`, counters before gauges before histograms.
     #[must_use]
     pub fn value(&self, name: &str) -> Option<MetricValue> {
-        self.snapshot()
-            .into_iter()
-            .find(|sample| sample.name == name)
-            .map(|sample| sample.value)
+        self.snapshot().into_iter().find(|sample| sample.name == name).map(|sample| sample.value)
     }
 
     pub(super) fn define(&self, kind: MetricKind, name: &str) -> Result<u32, Status> {
@@ -140,10 +130,7 @@ impl Metrics {
         if table.cells.len() >= METRICS_MAX_COUNT {
             return Err(Status::InternalFailure);
         }
-        table.cells.push(Arc::new(Metric {
-            name: name.to_owned(),
-            cell: Cell::new(kind),
-        }));
+        table.cells.push(Arc::new(Metric { name: name.to_owned(), cell: Cell::new(kind) }));
         // 0 stays unused, so that a guest's forgotten initialisation shows as NotFound.
         let id = u32::try_from(table.cells.len()).map_err(|_| Status::InternalFailure)?;
         table.by_name.insert((kind, name.to_owned()), id);
@@ -184,11 +171,7 @@ impl Metrics {
                 total.fetch_add(value, Ordering::Relaxed);
             }
             Cell::Gauge(level) => level.store(value, Ordering::Relaxed),
-            Cell::Histogram {
-                count,
-                sum,
-                buckets,
-            } => {
+            Cell::Histogram { count, sum, buckets } => {
                 count.fetch_add(1, Ordering::Relaxed);
                 sum.fetch_add(value, Ordering::Relaxed);
                 let at = HISTOGRAM_BOUNDS.partition_point(|bound| *bound < value);
@@ -225,11 +208,7 @@ impl Cell {
         match self {
             Self::Counter(value) => MetricValue::Counter(value.load(Ordering::Relaxed)),
             Self::Gauge(value) => MetricValue::Gauge(value.load(Ordering::Relaxed)),
-            Self::Histogram {
-                count,
-                sum,
-                buckets,
-            } => MetricValue::Histogram {
+            Self::Histogram { count, sum, buckets } => MetricValue::Histogram {
                 count: count.load(Ordering::Relaxed),
                 sum: sum.load(Ordering::Relaxed),
                 buckets: std::array::from_fn(|at| {

@@ -41,8 +41,8 @@ pub use log::{LogLevel, LogLine, LogSink};
 pub use metrics::{HISTOGRAM_BOUNDS, METRICS_MAX_COUNT, MetricKind, MetricSample, MetricValue, Metrics};
 pub use module::{AbiVersion, CompileOptions, Module};
 pub use plugin::{
-    Ended, ForeignFunction, ForeignFunctions, HttpCall, HttpCallResponse, Limits, Plugin,
-    PluginOptions, StreamId,
+    Ended, ForeignFunction, ForeignFunctions, HttpCall, HttpCallResponse, Limits, Plugin, PluginOptions,
+    StreamId,
 };
 pub use property::PropertyValue;
 pub use shared::{SHARED_DEFAULT_BYTES, SHARED_QUEUES_MAX_COUNT, SharedState};

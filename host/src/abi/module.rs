@@ -10,8 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasmtime::{
-    Cache, CacheConfig, Config, Engine, ExternType, InstancePre, Linker, OptLevel,
-    UnknownImportError,
+    Cache, CacheConfig, Config, Engine, ExternType, InstancePre, Linker, OptLevel, UnknownImportError,
 };
 
 use super::error::AbiError;
@@ -64,9 +63,7 @@ impl Module {
     /// [`AbiError::UnsupportedAbi`] by the version export, [`AbiError::UnknownImport`] and
     /// [`AbiError::WrongType`] for imports that this host cannot satisfy.
     pub fn compile_with(bytes: &[u8], options: &CompileOptions) -> Result<Self, AbiError> {
-        let compile_error = |error: wasmtime::Error| AbiError::Compile {
-            message: format!("{error:#}"),
-        };
+        let compile_error = |error: wasmtime::Error| AbiError::Compile { message: format!("{error:#}") };
         let mut config = Config::new();
         config
             .cranelift_opt_level(OptLevel::Speed)
@@ -89,9 +86,7 @@ impl Module {
         start_epoch(&engine).map_err(|error| AbiError::Compile {
             message: format!("cannot start the watchdog thread: {error}"),
         })?;
-        Ok(Self {
-            inner: Arc::new(Inner { engine, ready, abi }),
-        })
+        Ok(Self { inner: Arc::new(Inner { engine, ready, abi }) })
     }
 
     /// The ABI version that the module declares; 0.2.1 when it declares both.
@@ -111,9 +106,7 @@ impl Module {
 
 impl std::fmt::Debug for Module {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Module")
-            .field("abi", &self.inner.abi)
-            .finish_non_exhaustive()
+        f.debug_struct("Module").field("abi", &self.inner.abi).finish_non_exhaustive()
     }
 }
 
@@ -137,10 +130,7 @@ fn abi_version(module: &wasmtime::Module) -> Result<AbiVersion, AbiError> {
 
 /// Links the module. An unknown import is replaced by a stub and noted, so that the error names all
 /// of them.
-fn link(
-    linker: &mut Linker<Host>,
-    module: &wasmtime::Module,
-) -> Result<InstancePre<Host>, AbiError> {
+fn link(linker: &mut Linker<Host>, module: &wasmtime::Module) -> Result<InstancePre<Host>, AbiError> {
     let wrong_type = |error: wasmtime::Error| AbiError::WrongType {
         name: "an import".to_owned(),
         message: format!("{error:#}"),

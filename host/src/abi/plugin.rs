@@ -12,8 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wasmtime::{
-    AsContextMut as _, Instance, Store, StoreLimitsBuilder, Trap, TypedFunc, WasmParams,
-    WasmResults,
+    AsContextMut as _, Instance, Store, StoreLimitsBuilder, Trap, TypedFunc, WasmParams, WasmResults,
 };
 
 use super::clock::{Clock, Randomness};
@@ -185,6 +184,9 @@ pub struct Plugin {
     events: Vec<Event>,
 }
 
+/// Root context, call id, number of headers, body bytes, number of trailers.
+type CallCounts = (u32, u32, u32, u32, u32);
+
 /// The guest's callbacks; a missing one counts as Continue, or as true.
 #[derive(Default)]
 struct Exports {
@@ -194,7 +196,7 @@ struct Exports {
     configure: Option<TypedFunc<(u32, u32), u32>>,
     tick: Option<TypedFunc<u32, ()>>,
     queue_ready: Option<TypedFunc<(u32, u32), ()>>,
-    http_call_response: Option<TypedFunc<(u32, u32, u32, u32, u32), ()>>,
+    http_call_response: Option<TypedFunc<CallCounts, ()>>,
     request: SideExports,
     response: SideExports,
     done: Option<TypedFunc<u32, u32>>,
@@ -340,11 +342,7 @@ impl Plugin {
         }
         let size = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         for (callback, function, bytes) in [
-            (
-                "proxy_on_vm_start",
-                self.exports.vm_start.clone(),
-                size(&self.store.data().vm_configuration),
-            ),
+            ("proxy_on_vm_start", self.exports.vm_start.clone(), size(&self.store.data().vm_configuration)),
             (
                 "proxy_on_configure",
                 self.exports.configure.clone(),
@@ -378,9 +376,7 @@ impl Plugin {
     fn check(&self) -> Result<(), AbiError> {
         match &self.poisoned {
             None => Ok(()),
-            Some(reason) => Err(AbiError::Poisoned {
-                reason: reason.clone(),
-            }),
+            Some(reason) => Err(AbiError::Poisoned { reason: reason.clone() }),
         }
     }
 
@@ -426,10 +422,7 @@ impl Plugin {
             }
         }
         let id = self.next_context;
-        let (request, response) = (
-            host.limits.request_buffer_bytes,
-            host.limits.response_buffer_bytes,
-        );
+        let (request, response) = (host.limits.request_buffer_bytes, host.limits.response_buffer_bytes);
         host.streams.insert(id, Stream::new(request, response));
         let root = host.root;
         let deadline = host.limits.callback_deadline;
@@ -544,11 +537,7 @@ impl Plugin {
     ///
     /// # Errors
     /// A lost VM, an unknown stream, or trailers before headers or after the end.
-    pub fn request_trailers(
-        &mut self,
-        id: StreamId,
-        trailers: HeaderMap,
-    ) -> Result<Step, AbiError> {
+    pub fn request_trailers(&mut self, id: StreamId, trailers: HeaderMap) -> Result<Step, AbiError> {
         self.trailers(id, Direction::Request, trailers)
     }
 
@@ -556,11 +545,7 @@ impl Plugin {
     ///
     /// # Errors
     /// As for [`Plugin::request_trailers`].
-    pub fn response_trailers(
-        &mut self,
-        id: StreamId,
-        trailers: HeaderMap,
-    ) -> Result<Step, AbiError> {
+    pub fn response_trailers(&mut self, id: StreamId, trailers: HeaderMap) -> Result<Step, AbiError> {
         self.trailers(id, Direction::Response, trailers)
     }
 
@@ -760,10 +745,7 @@ impl Plugin {
         self.check()?;
         let side = self.side_mut(id, direction)?;
         if side.headers.is_some() {
-            return Err(AbiError::OutOfOrder {
-                part: "headers",
-                rule: "each side has one set of headers",
-            });
+            return Err(AbiError::OutOfOrder { part: "headers", rule: "each side has one set of headers" });
         }
         if side.over {
             return Ok(Step::Hold);
@@ -862,12 +844,7 @@ impl Plugin {
         enter(&mut self.store, &mut self.poisoned, function, name, id, deadline, params)
     }
 
-    fn call_trailers(
-        &mut self,
-        id: u32,
-        direction: Direction,
-        number: u32,
-    ) -> Result<u32, AbiError> {
+    fn call_trailers(&mut self, id: u32, direction: Direction, number: u32) -> Result<u32, AbiError> {
         let name = match direction {
             Direction::Request => "proxy_on_request_trailers",
             Direction::Response => "proxy_on_response_trailers",
@@ -911,9 +888,7 @@ impl Plugin {
             Settled::Forward(release) => Ok(Step::Forward(release)),
             Settled::OverLimit => Ok(end_over_limit(stream, direction)),
             // A stream continued from inside the callback that pauses it goes on.
-            Settled::Hold if continued => {
-                Ok(self.resume(id, direction)?.unwrap_or(Step::Hold))
-            }
+            Settled::Hold if continued => Ok(self.resume(id, direction)?.unwrap_or(Step::Hold)),
             Settled::Hold => Ok(Step::Hold),
         }
     }
@@ -927,11 +902,7 @@ impl Plugin {
         let (mut all, body, trailers) = match side.resume() {
             None => return Ok(None),
             Some(Resume::Forward(release)) => return Ok(Some(Step::Forward(release))),
-            Some(Resume::Replay {
-                headers,
-                body,
-                trailers,
-            }) => (headers, body, trailers),
+            Some(Resume::Replay { headers, body, trailers }) => (headers, body, trailers),
         };
         let mut steps = Vec::with_capacity(2);
         if let Some((size, end_of_stream)) = body {
@@ -981,11 +952,7 @@ impl Plugin {
                 Deferred::Reply(_, reply) => (Direction::Request, end_with_reply(target, reply)),
                 Deferred::Close(_) => (Direction::Request, end_with_reset(target)),
             };
-            self.events.push(Event {
-                stream,
-                direction,
-                step,
-            });
+            self.events.push(Event { stream, direction, step });
         }
     }
 }
@@ -1070,11 +1037,7 @@ fn trap_error(
             log,
         };
     }
-    AbiError::Trap {
-        callback,
-        message: format!("{error:#}"),
-        log,
-    }
+    AbiError::Trap { callback, message: format!("{error:#}"), log }
 }
 
 /// A deadline in epochs; one more, since the present one is partly over.
@@ -1108,9 +1071,7 @@ fn end_with_reset(stream: &mut Stream) -> Step {
 
 fn end_over_limit(stream: &mut Stream, direction: Direction) -> Step {
     let reply = match direction {
-        Direction::Request => {
-            LocalReply::of_limit(413, "request_payload_too_large", "Payload Too Large")
-        }
+        Direction::Request => LocalReply::of_limit(413, "request_payload_too_large", "Payload Too Large"),
         Direction::Response => {
             LocalReply::of_limit(500, "response_payload_too_large", "Internal Server Error")
         }

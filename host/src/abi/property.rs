@@ -125,9 +125,7 @@ fn request(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
             Some(length) => std::str::from_utf8(length).ok()?.parse().ok().map(int),
             None => Some(int(received)),
         },
-        (b"total_size", None) => Some(int(
-            received.saturating_add(headers.map_or(0, HeaderMap::byte_size)),
-        )),
+        (b"total_size", None) => Some(int(received.saturating_add(headers.map_or(0, HeaderMap::byte_size)))),
         _ => None,
     }
 }

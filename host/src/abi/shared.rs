@@ -30,9 +30,12 @@ struct Inner {
     metrics: Metrics,
 }
 
+/// A value and its compare-and-swap number.
+type Versioned = (Vec<u8>, u32);
+
 #[derive(Default)]
 struct Data {
-    by_vm: HashMap<String, HashMap<Vec<u8>, (Vec<u8>, u32)>>,
+    by_vm: HashMap<String, HashMap<Vec<u8>, Versioned>>,
     last_cas: u32,
     bytes: usize,
 }
@@ -101,11 +104,7 @@ impl SharedState {
     /// Writes a value. `cas` 0 writes in any case; otherwise an existing value must still carry it.
     pub(super) fn set(&self, vm_id: &str, key: &[u8], value: &[u8], cas: u32) -> Result<(), Status> {
         let mut data = self.data();
-        let Data {
-            by_vm,
-            last_cas,
-            bytes,
-        } = &mut *data;
+        let Data { by_vm, last_cas, bytes } = &mut *data;
         let map = by_vm.entry(vm_id.to_owned()).or_default();
         let old = map.get(key);
         if old.is_some_and(|(_, current)| cas != 0 && cas != *current) {
@@ -143,10 +142,7 @@ impl SharedState {
         if queues.queues.len() >= SHARED_QUEUES_MAX_COUNT {
             return Err(Status::InternalFailure);
         }
-        queues.queues.push(Queue {
-            owner: vm,
-            items: VecDeque::new(),
-        });
+        queues.queues.push(Queue { owner: vm, items: VecDeque::new() });
         let id = u32::try_from(queues.queues.len()).map_err(|_| Status::InternalFailure)?;
         queues.ids.insert(key, id);
         Ok(id)

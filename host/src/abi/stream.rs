@@ -186,10 +186,7 @@ pub(super) struct Side {
 
 impl Side {
     pub(super) fn new(limit_bytes: usize) -> Self {
-        Self {
-            limit_bytes,
-            ..Self::default()
-        }
+        Self { limit_bytes, ..Self::default() }
     }
 
     /// Body bytes that are held back now.
@@ -341,11 +338,7 @@ impl Side {
                     end_of_stream: self.ended && body.is_none() && trailers.is_none(),
                     ..Release::default()
                 };
-                Some(Resume::Replay {
-                    headers,
-                    body,
-                    trailers,
-                })
+                Some(Resume::Replay { headers, body, trailers })
             }
         }
     }
@@ -399,19 +392,14 @@ impl Side {
         Release {
             headers: !std::mem::replace(&mut self.headers_forwarded, true),
             body: std::mem::take(&mut self.held),
-            trailers: self.trailers.is_some()
-                && !std::mem::replace(&mut self.trailers_forwarded, true),
+            trailers: self.trailers.is_some() && !std::mem::replace(&mut self.trailers_forwarded, true),
             end_of_stream: self.ended,
         }
     }
 
     /// The body bytes that the guest sees now, if any are there to see.
     pub(super) fn visible_body(&self) -> Option<&[u8]> {
-        if self.buffering {
-            Some(&self.held)
-        } else {
-            self.chunk_open.then_some(self.chunk.as_slice())
-        }
+        if self.buffering { Some(&self.held) } else { self.chunk_open.then_some(self.chunk.as_slice()) }
     }
 
     /// `proxy_set_buffer_bytes` on the visible body: at start 0, `length` bytes go and `data` comes

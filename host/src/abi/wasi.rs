@@ -38,9 +38,7 @@ pub(super) fn register(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
         linker.func_wrap(
             module,
             "clock_time_get",
-            |mut c: Ctx<'_>, id: u32, _precision: u64, out: u32| {
-                errno(clock_time_get(&mut c, id, out))
-            },
+            |mut c: Ctx<'_>, id: u32, _precision: u64, out: u32| errno(clock_time_get(&mut c, id, out)),
         )?;
         linker.func_wrap(module, "random_get", |mut c: Ctx<'_>, ptr: u32, len: u32| {
             errno(random_get(&mut c, ptr, len))
@@ -68,17 +66,9 @@ pub(super) fn register(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
         linker.func_wrap(module, "fd_seek", |_: Ctx<'_>, _: u32, _: i64, _: u32, _: u32| SUCCESS)?;
         linker.func_wrap(module, "fd_close", |_: Ctx<'_>, _: u32| SUCCESS)?;
         linker.func_wrap(module, "fd_prestat_get", |_: Ctx<'_>, _: u32, _: u32| EBADF)?;
-        linker.func_wrap(
-            module,
-            "fd_prestat_dir_name",
-            |_: Ctx<'_>, _: u32, _: u32, _: u32| EBADF,
-        )?;
+        linker.func_wrap(module, "fd_prestat_dir_name", |_: Ctx<'_>, _: u32, _: u32, _: u32| EBADF)?;
         linker.func_wrap(module, "sched_yield", |_: Ctx<'_>| SUCCESS)?;
-        linker.func_wrap(
-            module,
-            "poll_oneoff",
-            |_: Ctx<'_>, _: u32, _: u32, _: u32, _: u32| ENOSYS,
-        )?;
+        linker.func_wrap(module, "poll_oneoff", |_: Ctx<'_>, _: u32, _: u32, _: u32, _: u32| ENOSYS)?;
     }
     Ok(())
 }

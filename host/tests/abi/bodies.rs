@@ -1,8 +1,6 @@
 //! What is held, what goes on, and what the guest may change meanwhile.
 
-use driftlock_host::abi::{
-    Direction, HeadersPause, Limits, MapType, PluginOptions, Release, Step,
-};
+use driftlock_host::abi::{Direction, HeadersPause, Limits, MapType, PluginOptions, Release, Step};
 
 use crate::guest::{Run, body_of, forwarded, get, headers, ok};
 
@@ -21,13 +19,7 @@ fn a_paused_body_gathers_and_goes_on_as_one() {
     let mut run = Run::new(COLLECT);
     let id = run.plugin.stream().unwrap();
     let step = run.plugin.request_headers(id, get("/"), false).unwrap();
-    assert_eq!(
-        step,
-        Step::Forward(Release {
-            headers: true,
-            ..Release::default()
-        })
-    );
+    assert_eq!(step, Step::Forward(Release { headers: true, ..Release::default() }));
     assert_eq!(run.plugin.request_body(id, b"ab", false), Ok(Step::Hold));
     assert_eq!(run.plugin.held_bytes(id, Direction::Request), 2);
     assert_eq!(run.plugin.request_body(id, b"cde", false), Ok(Step::Hold));
@@ -50,9 +42,7 @@ fn every_split_of_a_body_forwards_the_same_bytes() {
                 let mut out = Vec::new();
                 let parts = [&body[..cut], &body[cut..second], &body[second..]];
                 for (index, part) in parts.into_iter().enumerate() {
-                    if let Step::Forward(release) =
-                        run.plugin.response_body(id, part, index == 2).unwrap()
-                    {
+                    if let Step::Forward(release) = run.plugin.response_body(id, part, index == 2).unwrap() {
                         out.extend_from_slice(&release.body);
                         assert_eq!(release.end_of_stream, index == 2);
                     }
@@ -175,10 +165,7 @@ fn reading_a_body_out_of_range_is_ok_and_null() {
     let id = run.plugin.stream().unwrap();
     run.plugin.request_headers(id, get("/"), false).unwrap();
     run.plugin.request_body(id, b"abcd", true).unwrap();
-    assert_eq!(
-        run.said(),
-        ["0", "bc", "0", "bcd", "0", "", "0", "", "0", "", "1", "", "2", "", "4"]
-    );
+    assert_eq!(run.said(), ["0", "bc", "0", "bcd", "0", "", "0", "", "0", "", "1", "", "2", "", "4"]);
 }
 
 /// Pauses the request's headers; body callbacks say their size and continue at the end; a tick
@@ -213,12 +200,7 @@ fn a_headers_pause_stops_everything_by_default() {
     assert_eq!((events.len(), events[0].stream, events[0].direction), (1, id, Direction::Request));
     assert_eq!(
         events[0].step,
-        Step::Forward(Release {
-            headers: true,
-            body: b"abc".to_vec(),
-            trailers: false,
-            end_of_stream: true,
-        })
+        Step::Forward(Release { headers: true, body: b"abc".to_vec(), trailers: false, end_of_stream: true })
     );
     // The pointers went with continue_stream, so the late header was refused.
     let map = run.plugin.header_map(id, MapType::RequestHeaders).unwrap();
@@ -240,12 +222,7 @@ fn a_stopped_stream_with_trailers_replays_both_callbacks() {
     assert_eq!(run.said(), ["0", "2", "0", "1"]);
     assert_eq!(
         run.plugin.take_events()[0].step,
-        Step::Forward(Release {
-            headers: true,
-            body: b"ab".to_vec(),
-            trailers: true,
-            end_of_stream: true,
-        })
+        Step::Forward(Release { headers: true, body: b"ab".to_vec(), trailers: true, end_of_stream: true })
     );
 }
 
@@ -253,10 +230,7 @@ fn a_stopped_stream_with_trailers_replays_both_callbacks() {
 fn with_stop_iteration_the_body_callback_sets_and_releases_headers() {
     let mut run = Run::with(
         HEADERS_PAUSE,
-        PluginOptions {
-            headers_pause: HeadersPause::StopIteration,
-            ..PluginOptions::default()
-        },
+        PluginOptions { headers_pause: HeadersPause::StopIteration, ..PluginOptions::default() },
     );
     let id = run.plugin.stream().unwrap();
     assert_eq!(run.plugin.request_headers(id, get("/"), false), Ok(Step::Hold));
@@ -450,17 +424,8 @@ fn other_pause_numbers_keep_envoys_meaning() {
         (call $say (local.get 1))
         (if (result i32) (local.get 2) (then (i32.const 0))
           (else (i32.const 3))))"#;
-    let limits = Limits {
-        request_buffer_bytes: 3,
-        ..Limits::default()
-    };
-    let mut run = Run::with(
-        guest,
-        PluginOptions {
-            limits,
-            ..PluginOptions::default()
-        },
-    );
+    let limits = Limits { request_buffer_bytes: 3, ..Limits::default() };
+    let mut run = Run::with(guest, PluginOptions { limits, ..PluginOptions::default() });
     let id = run.plugin.stream().unwrap();
     run.plugin.request_headers(id, get("/"), false).unwrap();
     assert_eq!(run.plugin.request_body(id, b"abcd", false), Ok(Step::Hold));

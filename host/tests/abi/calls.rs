@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use driftlock_host::abi::{
-    MetricValue, PluginOptions, SharedState, Status,
-};
+use driftlock_host::abi::{Limits, MetricValue, PluginOptions, SharedState, Status};
 
 use crate::guest::{Run, get, module};
 
@@ -182,9 +180,11 @@ fn http_calls_are_checked_and_bounded() {
         (call $call (i32.const 4) (i32.const 62) (i32.const 0))
         (call $say (i32.load (i32.const 0)))
         (call $call (i32.const 4) (i32.const 62) (i32.const 0)))"#;
-    let mut options = PluginOptions::default();
-    options.http_call_upstreams = Some(["auth".to_owned()].into());
-    options.limits.outstanding_http_calls = 1;
+    let options = PluginOptions {
+        http_call_upstreams: Some(["auth".to_owned()].into()),
+        limits: Limits { outstanding_http_calls: 1, ..Limits::default() },
+        ..PluginOptions::default()
+    };
     let mut run = Run::with(guest, options);
     run.plugin.tick().unwrap();
     assert_eq!(run.said(), ["2", "2", "2", "2", "0", "1", "10"]);

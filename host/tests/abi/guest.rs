@@ -8,7 +8,7 @@ use driftlock_host::abi::{
 
 /// Name, parameters (i: i32, l: i64) of every `env` import of ABI 0.2.1; each returns an i32 status.
 /// Written down from the specification, apart from the host's own table.
-pub const IMPORTS: [(&str, &str); 39] = [
+pub(crate) const IMPORTS: [(&str, &str); 39] = [
     ("proxy_log", "iii"),
     ("proxy_get_log_level", "i"),
     ("proxy_get_current_time_nanoseconds", "i"),
@@ -51,7 +51,7 @@ pub const IMPORTS: [(&str, &str); 39] = [
 ];
 
 /// The WASI functions that SDK-built guests import.
-pub const WASI: [(&str, &str, bool); 8] = [
+pub(crate) const WASI: [(&str, &str, bool); 8] = [
     ("fd_write", "iiii", true),
     ("clock_time_get", "ili", true),
     ("random_get", "ii", true),
@@ -63,17 +63,14 @@ pub const WASI: [(&str, &str, bool); 8] = [
 ];
 
 fn params(signature: &str) -> String {
-    let types: Vec<_> = signature
-        .chars()
-        .map(|c| if c == 'l' { "i64" } else { "i32" })
-        .collect();
+    let types: Vec<_> = signature.chars().map(|c| if c == 'l' { "i64" } else { "i32" }).collect();
     format!("(param {})", types.join(" "))
 }
 
 /// The text of a guest with `body` inside: functions are called by the import's name without
 /// `proxy_`; memory from 0 to 4095 is the guest's to lay out, `$say` uses 4096 to 4127, the heap
 /// starts at 64 KiB.
-pub fn wat(body: &str) -> String {
+pub(crate) fn wat(body: &str) -> String {
     let mut text = String::from("(module\n");
     for (name, signature) in IMPORTS {
         let short = name.trim_start_matches("proxy_");
@@ -83,9 +80,7 @@ pub fn wat(body: &str) -> String {
     for (name, signature, returns) in WASI {
         let types = params(signature);
         let result = if returns { "(result i32)" } else { "" };
-        text += &format!(
-            "(import \"wasi_snapshot_preview1\" \"{name}\" (func ${name} {types} {result}))\n"
-        );
+        text += &format!("(import \"wasi_snapshot_preview1\" \"{name}\" (func ${name} {types} {result}))\n");
     }
     text += r#"
 (memory (export "memory") 2)
@@ -118,28 +113,28 @@ pub fn wat(body: &str) -> String {
     text
 }
 
-pub fn module(body: &str) -> Module {
+pub(crate) fn module(body: &str) -> Module {
     let text = wat(body);
     let bytes = wat::parse_str(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
     Module::compile(&bytes).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// A plugin whose log lines can be read.
-pub struct Run {
-    pub plugin: Plugin,
+pub(crate) struct Run {
+    pub(crate) plugin: Plugin,
     lines: Arc<Mutex<Vec<LogLine>>>,
 }
 
 impl Run {
-    pub fn new(body: &str) -> Self {
+    pub(crate) fn new(body: &str) -> Self {
         Self::with(body, PluginOptions::default())
     }
 
-    pub fn with(body: &str, options: PluginOptions) -> Self {
+    pub(crate) fn with(body: &str, options: PluginOptions) -> Self {
         Self::of(&module(body), options)
     }
 
-    pub fn of(module: &Module, mut options: PluginOptions) -> Self {
+    pub(crate) fn of(module: &Module, mut options: PluginOptions) -> Self {
         let (log, lines) = LogSink::capture(LogLevel::Trace);
         options.log = log;
         let plugin = Plugin::start(module, options).unwrap_or_else(|error| panic!("{error}"));
@@ -147,27 +142,27 @@ impl Run {
     }
 
     /// The messages logged since the last time.
-    pub fn said(&self) -> Vec<String> {
+    pub(crate) fn said(&self) -> Vec<String> {
         let lines = std::mem::take(&mut *self.lines.lock().unwrap());
         lines.into_iter().map(|line| line.message).collect()
     }
 }
 
-pub fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
+pub(crate) fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
     pairs.iter().copied().collect()
 }
 
-pub fn get(path: &str) -> HeaderMap {
+pub(crate) fn get(path: &str) -> HeaderMap {
     headers(&[(":method", "GET"), (":path", path), (":authority", "a")])
 }
 
-pub fn ok() -> HeaderMap {
+pub(crate) fn ok() -> HeaderMap {
     headers(&[(":status", "200")])
 }
 
 /// The release of a step that forwards.
 #[track_caller]
-pub fn forwarded(step: Step) -> Release {
+pub(crate) fn forwarded(step: Step) -> Release {
     match step {
         Step::Forward(release) => release,
         other => panic!("not forwarded: {other:?}"),
@@ -176,7 +171,7 @@ pub fn forwarded(step: Step) -> Release {
 
 /// The body of a step that forwards only a body.
 #[track_caller]
-pub fn body_of(step: Step) -> String {
+pub(crate) fn body_of(step: Step) -> String {
     let release = forwarded(step);
     assert!(!release.headers && !release.trailers);
     String::from_utf8(release.body).unwrap()

@@ -143,11 +143,7 @@ fn no_argument_breaks_the_host() {
     let mut run = Run::with(
         &guest,
         PluginOptions {
-            limits: Limits {
-                request_buffer_bytes: 10,
-                response_buffer_bytes: 10,
-                ..Limits::default()
-            },
+            limits: Limits { request_buffer_bytes: 10, response_buffer_bytes: 10, ..Limits::default() },
             ..PluginOptions::default()
         },
     );

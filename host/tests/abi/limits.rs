@@ -2,17 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use driftlock_host::abi::{
-    AbiError, Direction, Limits, Plugin, PluginOptions, Release, Step,
-};
+use driftlock_host::abi::{AbiError, Direction, Limits, Plugin, PluginOptions, Release, Step};
 
 use crate::guest::{Run, forwarded, get, module, ok};
 
 fn options(limits: Limits) -> PluginOptions {
-    PluginOptions {
-        limits,
-        ..PluginOptions::default()
-    }
+    PluginOptions { limits, ..PluginOptions::default() }
 }
 
 #[test]
@@ -44,11 +39,7 @@ fn a_crash_loses_its_own_vm_and_nothing_else() {
     // A caller that fails open gets the bytes back.
     assert_eq!(
         first.plugin.salvage(id, Direction::Request),
-        Ok(Release {
-            body: b"abc".to_vec(),
-            end_of_stream: true,
-            ..Release::default()
-        })
+        Ok(Release { body: b"abc".to_vec(), end_of_stream: true, ..Release::default() })
     );
     assert_eq!(first.plugin.done(id).unwrap().error, None);
     assert_eq!(first.plugin.stream_count(), 0);
@@ -103,10 +94,7 @@ fn a_guest_that_never_returns_is_stopped() {
     let error = run.plugin.tick().unwrap_err();
     assert!(before.elapsed() < Duration::from_secs(10));
     assert!(before.elapsed() >= Duration::from_millis(50), "stopped too early");
-    assert!(matches!(
-        error,
-        AbiError::Deadline { callback: "proxy_on_tick", limit_ms: 50, .. }
-    ));
+    assert!(matches!(error, AbiError::Deadline { callback: "proxy_on_tick", limit_ms: 50, .. }));
     assert!(run.plugin.is_poisoned());
 
     let endless = module(r#"(func (export "_initialize") (loop $l (br $l)))"#);
@@ -129,20 +117,14 @@ fn memory_is_bounded_and_measured() {
     let guest = r#"(func (export "proxy_on_tick") (param i32)
         (call $say (memory.grow (i32.const 2)))
         (call $say (i32.add (memory.grow (i32.const 100)) (i32.const 1))))"#;
-    let limits = Limits {
-        memory_bytes: 10 * 65536,
-        ..Limits::default()
-    };
+    let limits = Limits { memory_bytes: 10 * 65536, ..Limits::default() };
     let mut run = Run::with(guest, options(limits));
     assert_eq!(run.plugin.memory_bytes(), 2 * 65536);
     run.plugin.tick().unwrap();
     assert_eq!(run.said(), ["2", "0"], "the second growth is refused");
     assert_eq!(run.plugin.memory_bytes(), 4 * 65536);
 
-    let limits = Limits {
-        memory_bytes: 65536,
-        ..Limits::default()
-    };
+    let limits = Limits { memory_bytes: 65536, ..Limits::default() };
     let error = Plugin::start(&module(""), options(limits)).unwrap_err();
     assert!(matches!(&error, AbiError::Start { message, .. } if message.contains("memory")), "{error}");
 }
@@ -155,11 +137,7 @@ const PAUSE: &str = r#"
     (call $say (i32.const 1000)) (i32.const 0))"#;
 
 fn small() -> PluginOptions {
-    options(Limits {
-        request_buffer_bytes: 4,
-        response_buffer_bytes: 4,
-        ..Limits::default()
-    })
+    options(Limits { request_buffer_bytes: 4, response_buffer_bytes: 4, ..Limits::default() })
 }
 
 #[test]

@@ -82,12 +82,7 @@ fn a_reply_gets_the_headers_envoy_gives_it() {
     let Step::Reply(reply) = refusal(true) else { unreachable!() };
     assert_eq!(
         reply.response_headers(),
-        headers(&[
-            (":status", "403"),
-            ("a", "b"),
-            ("content-length", "3"),
-            ("content-type", "text/plain"),
-        ])
+        headers(&[(":status", "403"), ("a", "b"), ("content-length", "3"), ("content-type", "text/plain"),])
     );
 }
 
@@ -170,20 +165,12 @@ fn an_http_calls_answer_continues_the_stream() {
     );
     assert_eq!(run.said(), ["0"]);
 
-    let answer = HttpCallResponse {
-        headers: ok(),
-        body: b"yes".to_vec(),
-        ..HttpCallResponse::default()
-    };
+    let answer = HttpCallResponse { headers: ok(), body: b"yes".to_vec(), ..HttpCallResponse::default() };
     let call = calls[0].id;
     run.plugin.http_call_response(call, Some(answer.clone())).unwrap();
     assert_eq!(run.said(), ["1", "1", "1", "3", "0", "0", "", "0", "yes"]);
     let events = run.plugin.take_events();
-    let release = Release {
-        headers: true,
-        end_of_stream: true,
-        ..Release::default()
-    };
+    let release = Release { headers: true, end_of_stream: true, ..Release::default() };
     assert_eq!(events.len(), 1);
     assert_eq!((events[0].stream, &events[0].step), (id, &Step::Forward(release)));
     assert!(run.plugin.http_call_response(call, Some(answer)).is_err(), "answered once");

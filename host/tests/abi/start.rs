@@ -23,9 +23,7 @@ fn what_is_no_filter_is_refused_with_its_reason() {
     assert_eq!(compile("(module)").unwrap_err(), AbiError::NotProxyWasm);
     assert_eq!(
         compile(r#"(module (func (export "proxy_abi_version_0_1_0")))"#).unwrap_err(),
-        AbiError::UnsupportedAbi {
-            found: "proxy_abi_version_0_1_0".to_owned()
-        }
+        AbiError::UnsupportedAbi { found: "proxy_abi_version_0_1_0".to_owned() }
     );
     let both = r#"(module (func (export "proxy_abi_version_0_2_0"))
         (func (export "proxy_abi_version_0_1_0")))"#;
@@ -100,10 +98,7 @@ fn a_refused_configuration_says_why() {
         (drop (call $log (i32.const 4) (i32.const 0) (i32.const 21)))
         (i32.const 0))"#;
     // The sink drops errors, and still the operator learns the reason.
-    let options = PluginOptions {
-        log: LogSink::discard(),
-        ..PluginOptions::default()
-    };
+    let options = PluginOptions { log: LogSink::discard(), ..PluginOptions::default() };
     let error = Plugin::start(&module(refuse), options).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -113,10 +108,7 @@ fn a_refused_configuration_says_why() {
 
     let refuse = r#"(func (export "proxy_on_vm_start") (param i32 i32) (result i32) (i32.const 0))"#;
     let error = Plugin::start(&module(refuse), PluginOptions::default()).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the filter refused its configuration in proxy_on_vm_start"
-    );
+    assert_eq!(error.to_string(), "the filter refused its configuration in proxy_on_vm_start");
 }
 
 #[test]
@@ -216,9 +208,7 @@ fn standard_output_becomes_log_lines() {
 #[test]
 fn compiled_code_is_kept_on_disk_when_asked() {
     let directory = tempfile::tempdir().unwrap();
-    let options = CompileOptions {
-        cache_directory: Some(directory.path().to_owned()),
-    };
+    let options = CompileOptions { cache_directory: Some(directory.path().to_owned()) };
     let bytes = wat::parse_str(wat("")).unwrap();
     Module::compile_with(&bytes, &options).unwrap();
     let files = std::fs::read_dir(directory.path()).unwrap().count();
@@ -262,10 +252,7 @@ fn the_level_a_guest_is_told_is_the_sinks() {
     let level = r#"(func (export "proxy_on_tick") (param i32)
         (drop (call $get_log_level (i32.const 0)))
         (if (i32.ne (i32.load (i32.const 0)) (i32.const 3)) (then unreachable)))"#;
-    let options = PluginOptions {
-        log: LogSink::new(LogLevel::Warn, |_| {}),
-        ..PluginOptions::default()
-    };
+    let options = PluginOptions { log: LogSink::new(LogLevel::Warn, |_| {}), ..PluginOptions::default() };
     let mut plugin = Plugin::start(&module(level), options).unwrap();
     plugin.tick().unwrap();
 }
