@@ -15,7 +15,7 @@
 //! | images, audio, archives, multipart, gRPC, AWS event-stream, … | [`NotInspected`] with a reason |
 //!
 //! Blank bytes before a JSON document are counted, not scored: gateways send them to keep a connection open.
-//! Cost: one pass; memory is bounded by the parsers' constants (about 200 KiB for a hostile stream, under
+//! Cost: one pass; memory is bounded by the parsers' constants (half a MiB for a hostile stream, under
 //! 10 KiB for a usual one).
 
 use crate::json::{Tokenizer, Utf8};

@@ -7,8 +7,8 @@
 //! given whole; of a known one only the values that differ from last time are given, each as `"key":value` and
 //! the byte after it.
 //!
-//! Bounds: [`MAX_SHAPES`] shapes are remembered, the least recently used is forgotten (its next event is given
-//! whole again). An event whose envelope passes [`MAX_EVENT_BYTES`] or [`MAX_VALUES`] is given whole and not
+//! Bounds: `MAX_SHAPES` shapes are remembered, the least recently used is forgotten (its next event is given
+//! whole again). An event whose envelope passes `MAX_EVENT_BYTES` or `MAX_VALUES` is given whole and not
 //! remembered. The comparison is exact, so no collision can hide anything. Cost: one copy and one comparison
 //! of the envelope's bytes.
 

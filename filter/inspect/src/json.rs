@@ -4,8 +4,8 @@
 //! key prefix, one escape and one unfinished UTF-8 sequence between two pushes. Runs of plain string bytes are
 //! handed over as slices of the chunk; nothing is copied but keys and escapes.
 //!
-//! Cost: one pass, eight bytes a step inside strings, no allocation. Depth is bounded by [`MAX_DEPTH`], keys by
-//! [`MAX_KEY_BYTES`] (a longer key is reported as unknown, which is no error).
+//! Cost: one pass, eight bytes a step inside strings, no allocation. Depth is bounded by `MAX_DEPTH`, keys by
+//! `MAX_KEY_BYTES` (a longer key is reported as unknown, which is no error).
 //!
 //! Left out on purpose: numbers are checked but only unsigned integers are evaluated (token counts, indexes);
 //! duplicate keys are not noticed; a lone surrogate escape is allowed by the grammar and becomes U+FFFD.

@@ -9,12 +9,12 @@
 //! - `choices[*].message` in a whole answer, `choices[*].delta` in a stream: there the pieces are joined per
 //!   choice and kind into one unit.
 //!
-//! Everything else is the [`ENVELOPE`]: the body's own bytes, with the scored texts cut out between their
-//! quotes. In values that carry media ([`is_blob_key`]) base64 (plain or in a data URL) is cut out after its
-//! first [`BLOB_SAMPLE_BYTES`] and counted; so is the random stream padding (`obfuscation`, `p`).
+//! Everything else is the `ENVELOPE`: the body's own bytes, with the scored texts cut out between their
+//! quotes. In values that carry media (`is_blob_key`) base64 (plain or in a data URL) is cut out after its
+//! first `BLOB_SAMPLE_BYTES` and counted; so is the random stream padding (`obfuscation`, `p`).
 //!
 //! `role` may come after `content`, and a choice's `index` after its `delta`: such text is held, at most
-//! [`MAX_HELD_BYTES`]. Beyond that a request's message counts as the user's and a choice as the one at its
+//! `MAX_HELD_BYTES`. Beyond that a request's message counts as the user's and a choice as the one at its
 //! position. The first `role` or `index` of an object counts. Cost: the tokenizer's, plus a copy of held text.
 
 use crate::content::{ContentError, Role, Sink, Unit, Usage};
