@@ -4,7 +4,7 @@
 //! runs in Envoy, in the gateway and in a native replay. `no_std` + `alloc`, no panics, no clock.
 //!
 //! [`config`] says what to do, [`session`] follows one exchange, [`content`] turns bodies into units
-//! (with [`json`], [`sse`] and [`openai`]), the engine judges them.
+//! (by way of `json`, `sse`, `openai` and `envelope`), the engine judges them.
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -20,7 +20,7 @@ pub mod config;
 pub mod content;
 mod envelope;
 pub mod host;
-pub mod json;
-pub mod openai;
+mod json;
+mod openai;
 pub mod session;
-pub mod sse;
+mod sse;
