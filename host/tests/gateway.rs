@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use driftlock_host::gateway::filter::{
-    ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply, Release,
-    Step,
+    ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply,
+    Release, Step,
 };
 use driftlock_host::gateway::{
     AccessLogTarget, AccessRecord, FailurePolicy, FilterSource, Gateway, GatewayError, GatewayOptions,
@@ -291,7 +291,9 @@ impl Script {
         match (self.path.as_str(), request) {
             ("/reply-headers", true) if is_headers => return Ok(reply(403, "refused at the headers")),
             ("/reply-body", true) if is_body => return Ok(reply(403, "refused in the body")),
-            ("/reply-response", false) if is_headers && value(self.headers(direction), "x-by") != "filter" => {
+            ("/reply-response", false)
+                if is_headers && value(self.headers(direction), "x-by") != "filter" =>
+            {
                 return Ok(reply(403, "response refused"));
             }
             ("/reply-late", false) if is_body => return Ok(reply(403, "too late")),
@@ -313,10 +315,14 @@ impl Script {
             ("/reply-later", true) if end => self.resume_later(reply(409, "decided later")),
             ("/crash-request-headers", true) if is_headers => return crash(),
             ("/crash-request-body", true) if is_body => return crash(),
-            ("/crash-held-request", true) => return if end { crash() } else { Ok(Step::Hold { read_on: true }) },
+            ("/crash-held-request", true) => {
+                return if end { crash() } else { Ok(Step::Hold { read_on: true }) };
+            }
             ("/crash-response-headers", false) if is_headers => return crash(),
             ("/crash-response-body", false) if is_body => return crash(),
-            ("/grow", false) if is_body => self.keep(direction, Release { body: Bytes::from_static(b"!"), ..Release::default() }),
+            ("/grow", false) if is_body => {
+                self.keep(direction, Release { body: Bytes::from_static(b"!"), ..Release::default() })
+            }
             ("/stuck", true) => return Ok(Step::Hold { read_on: true }),
             _ => {}
         }
@@ -329,7 +335,12 @@ impl Script {
 }
 
 impl HttpFilter for Counted {
-    fn headers(&mut self, direction: Direction, headers: HeaderPairs, end: bool) -> Result<Step, FilterError> {
+    fn headers(
+        &mut self,
+        direction: Direction,
+        headers: HeaderPairs,
+        end: bool,
+    ) -> Result<Step, FilterError> {
         if direction == Direction::Request {
             self.script.path = value(&headers, ":path").to_owned();
         }
@@ -350,7 +361,11 @@ impl HttpFilter for Counted {
         self.script.step(direction, Release { trailers: Some(trailers), end: true, ..Release::default() })
     }
 
-    fn poll_resumed(&mut self, direction: Direction, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>> {
+    fn poll_resumed(
+        &mut self,
+        direction: Direction,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Step, FilterError>> {
         if direction == Direction::Request && self.script.path == "/pause" {
             return self.poll_script(cx);
         }
@@ -494,7 +509,9 @@ async fn bodies_are_byte_identical_both_ways_for_any_chunking() {
         let mut client = running.client().await;
         for size in [1, 2, 100, 4096, 70_000, 1_000_000] {
             let body = random_bytes(&mut random, size);
-            client.send(format!("POST {path} HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")).await;
+            client
+                .send(format!("POST {path} HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"))
+                .await;
             for chunk in random_chunks(&mut random, &body) {
                 client.send(chunk).await;
             }
@@ -504,7 +521,9 @@ async fn bodies_are_byte_identical_both_ways_for_any_chunking() {
             let record = running.record().await;
             assert_eq!((record.bytes_in, record.bytes_out), (size as u64, size as u64), "{path}");
             assert_eq!(record.outcome, "complete");
-            let seen = format!(r#""request_bytes":{size},"response_bytes":{size},"request_end":true,"response_end":true"#);
+            let seen = format!(
+                r#""request_bytes":{size},"response_bytes":{size},"request_end":true,"response_end":true"#
+            );
             assert!(record.to_json().contains(&seen), "{path}: {}", record.to_json());
         }
     }
@@ -614,19 +633,32 @@ async fn framing_is_kept() {
     let running = start(&upstream).await;
     let mut client = running.client().await;
     let response = client.exchange(get("/none")).await;
-    let got: Vec<&str> = response.headers.iter().filter(|(name, _)| name == "x-got").map(|(_, value)| value.as_str()).collect();
+    let got: Vec<&str> = response
+        .headers
+        .iter()
+        .filter(|(name, _)| name == "x-got")
+        .map(|(_, value)| value.as_str())
+        .collect();
     assert_eq!(got, ["host=test.example"], "a GET without a body gets no framing");
     let response = client.exchange(post("/empty", "")).await;
     assert!(response.headers.contains(&("x-got".to_owned(), "content-length=0".to_owned())), "{response:?}");
-    let response = client.exchange("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n").await;
-    assert!(response.headers.contains(&("x-got".to_owned(), "transfer-encoding=chunked".to_owned())), "{response:?}");
+    let response = client
+        .exchange("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n")
+        .await;
+    assert!(
+        response.headers.contains(&("x-got".to_owned(), "transfer-encoding=chunked".to_owned())),
+        "{response:?}"
+    );
     assert_eq!(response.body, b"ab");
     // Both framings at once is how requests are smuggled; the length must not go on.
     let response = client
         .exchange("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n")
         .await;
     if response.status() == 200 {
-        assert!(!response.headers.contains(&("x-got".to_owned(), "content-length=3".to_owned())), "{response:?}");
+        assert!(
+            !response.headers.contains(&("x-got".to_owned(), "content-length=3".to_owned())),
+            "{response:?}"
+        );
     } else {
         assert_eq!(response.status(), 400);
     }
@@ -656,7 +688,10 @@ async fn head_204_and_304_have_no_body_and_keep_the_connection() {
     assert_eq!((head.status(), head.header("content-length")), (200, None), "{head:?}");
     client.send(get("/204")).await;
     let head = client.head().await.expect("a head");
-    assert_eq!((head.status(), head.header("content-length"), head.header("transfer-encoding")), (204, None, None));
+    assert_eq!(
+        (head.status(), head.header("content-length"), head.header("transfer-encoding")),
+        (204, None, None)
+    );
     client.send(get("/304")).await;
     let head = client.head().await.expect("a head");
     assert_eq!((head.status(), head.header("etag")), (304, Some("\"x\"")));
@@ -705,7 +740,10 @@ async fn server_sent_events_arrive_one_by_one() {
         let wait = Arc::clone(&wait);
         async move {
             let Some(_) = peer.message().await else { return };
-            peer.send("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n").await;
+            peer.send(
+                "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n",
+            )
+            .await;
             peer.send("d\r\ndata: first\n\n\r\n").await;
             // The second event is sent only after the client has seen the first.
             wait.lock().await.recv().await;
@@ -767,7 +805,8 @@ async fn odd_requests_get_clear_answers() {
         assert_eq!(response.status(), status, "{request}");
         assert!(response.text().contains(word), "{request}: {}", response.text());
     }
-    let response = running.client().await.exchange("GET http://real.example/p HTTP/1.1\r\nhost: liar\r\n\r\n").await;
+    let response =
+        running.client().await.exchange("GET http://real.example/p HTTP/1.1\r\nhost: liar\r\n\r\n").await;
     assert_eq!(response.header("x-start"), Some("GET /p HTTP/1.1"));
     assert_eq!(response.header("x-got"), Some("host=real.example"));
     let response = running.client().await.exchange("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n").await;
@@ -777,7 +816,7 @@ async fn odd_requests_get_clear_answers() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_requests_at_once() {
     let upstream = echo().await;
-    let running = Arc::new(start(&upstream).await);
+    let running = start(&upstream).await;
     let address = running.gateway.addr;
     let mut clients = tokio::task::JoinSet::new();
     for number in 0..200_u32 {
@@ -811,9 +850,15 @@ async fn an_upstream_that_refuses_is_a_502_with_a_reason() {
         assert_eq!(response.header("content-type"), Some("application/json"));
         let body: serde_json::Value = serde_json::from_slice(&response.body).expect("JSON");
         assert_eq!(body["error"]["code"], "upstream_unreachable");
-        assert!(body["error"]["message"].as_str().is_some_and(|text| text.contains("check that it is running")), "{body}");
+        assert!(
+            body["error"]["message"].as_str().is_some_and(|text| text.contains("check that it is running")),
+            "{body}"
+        );
         let record = running.record().await;
-        assert_eq!((record.status, record.from_upstream, record.details.as_str()), (Some(502), false, "upstream_unreachable"));
+        assert_eq!(
+            (record.status, record.from_upstream, record.details.as_str()),
+            (Some(502), false, "upstream_unreachable")
+        );
         // The filter sees the gateway's reply as a response.
         assert!(record.to_json().contains(r#""response_end":true"#), "{}", record.to_json());
     }
@@ -875,7 +920,11 @@ async fn an_upstream_that_dies_is_never_a_clean_end() {
         client.send(get(path)).await;
         assert_eq!(client.message().await, None, "{path}: a cut response looks whole");
         let record = running.record().await;
-        assert_eq!((record.outcome, record.status, record.bytes_out), ("upstream_aborted", Some(200), 9), "{path}");
+        assert_eq!(
+            (record.outcome, record.status, record.bytes_out),
+            ("upstream_aborted", Some(200), 9),
+            "{path}"
+        );
         assert!(record.to_json().contains(r#""response_bytes":9,"request_end":true,"response_end":false"#));
     }
     // Nothing had gone out yet, so the client can be told.
@@ -960,7 +1009,11 @@ async fn a_filter_answers_in_the_upstreams_place() {
         assert_eq!((response.status(), response.text().as_str()), (403, text), "{path}");
         assert_eq!(response.header("x-by"), Some("filter"));
         let record = running.record().await;
-        assert_eq!((record.status, record.from_upstream, record.details.as_str()), (Some(403), false, "scripted"), "{path}");
+        assert_eq!(
+            (record.status, record.from_upstream, record.details.as_str()),
+            (Some(403), false, "scripted"),
+            "{path}"
+        );
         if path == "/reply-headers" {
             assert_eq!(upstream.connections.load(Ordering::SeqCst), 0, "the request went on");
         }
@@ -1026,7 +1079,9 @@ async fn a_body_longer_than_its_declared_length_is_cut_not_truncated() {
 async fn a_crash_follows_the_failure_policy() {
     let upstream = echo().await;
     let closed = start(&upstream).await;
-    for path in ["/crash-request-headers", "/crash-request-body", "/crash-held-request", "/crash-response-headers"] {
+    for path in
+        ["/crash-request-headers", "/crash-request-body", "/crash-held-request", "/crash-response-headers"]
+    {
         let response = closed.client().await.exchange(post(path, "hello")).await;
         assert_eq!(response.status(), 503, "{path}");
         assert!(response.text().contains("filter_failed"), "{path}");
@@ -1112,8 +1167,12 @@ async fn starting_fails_with_what_to_do() {
     };
     let error = fails(&|options| options.listen = address).await;
     assert!(matches!(error, GatewayError::Listen { .. }) && error.to_string().contains("port 0"), "{error}");
-    let error = fails(&|options| options.filter = FilterSource::WasmFile("/no/such/filter.wasm".into())).await;
-    assert!(matches!(error, GatewayError::File { .. }) && error.to_string().contains("/no/such/filter.wasm"), "{error}");
+    let error =
+        fails(&|options| options.filter = FilterSource::WasmFile("/no/such/filter.wasm".into())).await;
+    assert!(
+        matches!(error, GatewayError::File { .. }) && error.to_string().contains("/no/such/filter.wasm"),
+        "{error}"
+    );
     let error = fails(&|options| options.filter = FilterSource::WasmBytes(b"not wasm".to_vec())).await;
     assert!(matches!(error, GatewayError::Filter(_)), "{error}");
     let error = fails(&|options| options.workers = 0).await;
@@ -1236,7 +1295,11 @@ async fn a_guest_sees_traffic_and_reports() {
         assert!(response.text() == body);
         assert_eq!(response.header("x-seen"), Some("x-seen"));
         let record = running.record().await;
-        assert!(record.to_json().contains(r#""filter_state":{"wasm.driftlock.verdict":{"p_value":0.50}}"#), "{}", record.to_json());
+        assert!(
+            record.to_json().contains(r#""filter_state":{"wasm.driftlock.verdict":{"p_value":0.50}}"#),
+            "{}",
+            record.to_json()
+        );
     }
     let mut admin = Peer::connect(running.gateway.admin_addr.expect("admin")).await;
     let metrics = admin.exchange(get("/metrics")).await.text();
@@ -1272,7 +1335,10 @@ async fn a_trap_costs_its_own_exchange_and_the_vm_comes_back() {
                 let response = running.client().await.exchange(post("/", "harmless")).await;
                 let record = running.record().await;
                 if !record.filter_failed {
-                    assert_eq!((response.text().as_str(), response.header("x-seen")), ("harmless", Some("x-seen")));
+                    assert_eq!(
+                        (response.text().as_str(), response.header("x-seen")),
+                        ("harmless", Some("x-seen"))
+                    );
                     break;
                 }
                 assert!(Instant::now() < deadline, "the VM did not come back");

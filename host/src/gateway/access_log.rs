@@ -113,7 +113,10 @@ impl AccessRecord {
             self.duration.as_micros()
         ));
         push_string(&mut line, &self.upstream);
-        line.push_str(&format!(",\"client\":\"{}\",\"from_upstream\":{},\"details\":", self.client, self.from_upstream));
+        line.push_str(&format!(
+            ",\"client\":\"{}\",\"from_upstream\":{},\"details\":",
+            self.client, self.from_upstream
+        ));
         push_string(&mut line, &self.details);
         line.push_str(&format!(
             ",\"filter_failed\":{},\"outcome\":\"{}\",\"filter_state\":{{",
@@ -188,9 +191,10 @@ impl AccessLog {
             AccessLogTarget::Channel(sender) => Sink::Channel(Mutex::new(sender)),
             AccessLogTarget::Stdout => Self::writer(io::stdout())?,
             AccessLogTarget::File(path) => {
-                let file = File::options().create(true).append(true).open(&path).map_err(|source| {
-                    GatewayError::File { action: "open the access log", path, source }
-                })?;
+                let file =
+                    File::options().create(true).append(true).open(&path).map_err(|source| {
+                        GatewayError::File { action: "open the access log", path, source }
+                    })?;
                 Self::writer(file)?
             }
         };

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum GatewayError {
     /// The upstream is not a URI this gateway can speak to.
-    #[error("upstream {uri:?} is not usable: {reason}. Give an http:// URI without a path, such as http://127.0.0.1:8000")]
+    #[error(
+        "upstream {uri:?} is not usable: {reason}. Give an http:// URI without a path, such as http://127.0.0.1:8000"
+    )]
     Upstream {
         /// The URI as given.
         uri: String,
@@ -17,7 +19,9 @@ pub enum GatewayError {
         reason: &'static str,
     },
     /// An address could not be bound.
-    #[error("cannot listen on {address} ({role}): {source}. Choose another address, or port 0 for any free one")]
+    #[error(
+        "cannot listen on {address} ({role}): {source}. Choose another address, or port 0 for any free one"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,

@@ -206,7 +206,12 @@ impl Exchange {
         Poll::Ready(())
     }
 
-    fn settle(&self, mut inner: MutexGuard<'_, Inner>, direction: Direction, result: Result<Step, FilterError>) -> Outcome {
+    fn settle(
+        &self,
+        mut inner: MutexGuard<'_, Inner>,
+        direction: Direction,
+        result: Result<Step, FilterError>,
+    ) -> Outcome {
         match result {
             Ok(Step::Reply(reply)) => {
                 self.interrupt_locked(&mut inner, Signal::Reply(reply), "filter_reply_after_response_start");

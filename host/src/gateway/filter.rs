@@ -130,7 +130,8 @@ pub trait HttpFilter: Send {
     /// # Errors
     /// [`FilterError`] when the filter is broken; the gateway then applies its failure policy and
     /// calls only `take_held` and `finish` from there on.
-    fn headers(&mut self, direction: Direction, headers: HeaderPairs, end: bool) -> Result<Step, FilterError>;
+    fn headers(&mut self, direction: Direction, headers: HeaderPairs, end: bool)
+    -> Result<Step, FilterError>;
 
     /// The next bytes of one direction's body.
     ///
@@ -147,7 +148,8 @@ pub trait HttpFilter: Send {
     /// Ready when the filter has something for this direction that no call of this direction
     /// brought about (a timer, another exchange, the other direction), or when it crashed meanwhile.
     /// Registers the waker otherwise. Asked often, so it has to be cheap. Never answers `Hold`.
-    fn poll_resumed(&mut self, direction: Direction, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>>;
+    fn poll_resumed(&mut self, direction: Direction, cx: &mut Context<'_>)
+    -> Poll<Result<Step, FilterError>>;
 
     /// As `poll_resumed`, for whoever waits for the upstream's answer: ready only with `Reply`,
     /// `Close` or an error, which concern the whole exchange.

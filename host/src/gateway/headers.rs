@@ -76,7 +76,9 @@ fn accepts_trailers(headers: &HeaderMap) -> bool {
 }
 
 fn push_fields(pairs: &mut HeaderPairs, headers: &HeaderMap) {
-    pairs.extend(headers.iter().map(|(name, value)| (name.as_str().as_bytes().to_vec(), value.as_bytes().to_vec())));
+    pairs.extend(
+        headers.iter().map(|(name, value)| (name.as_str().as_bytes().to_vec(), value.as_bytes().to_vec())),
+    );
 }
 
 /// The request as the filter sees it. `None`: no authority is known (HTTP/1.1 requires Host).
@@ -208,7 +210,9 @@ mod tests {
     fn text(pairs: &HeaderPairs) -> Vec<String> {
         pairs
             .iter()
-            .map(|(name, value)| format!("{}={}", String::from_utf8_lossy(name), String::from_utf8_lossy(value)))
+            .map(|(name, value)| {
+                format!("{}={}", String::from_utf8_lossy(name), String::from_utf8_lossy(value))
+            })
             .collect()
     }
 

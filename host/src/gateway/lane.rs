@@ -202,7 +202,8 @@ impl Lane {
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => {
                     self.input_ended = true;
-                    let outcome = self.exchange.on_trailers(self.direction, headers::trailer_pairs(&trailers));
+                    let outcome =
+                        self.exchange.on_trailers(self.direction, headers::trailer_pairs(&trailers));
                     self.absorb(outcome)
                 }
                 // http_body knows no third kind of frame; skip what a later version may add.
@@ -303,7 +304,10 @@ impl Body for Lane {
     type Data = Bytes;
     type Error = LaneError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, LaneError>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, LaneError>>> {
         let lane = self.get_mut();
         loop {
             // A local abort must not be outrun by bytes that were already released.

@@ -49,7 +49,8 @@ pub(super) struct Counters {
 
 impl Counters {
     pub(super) fn finished(&self, record: &AccessRecord) {
-        let class = record.status.and_then(|status| self.responses.get(usize::from(status / 100).wrapping_sub(1)));
+        let class =
+            record.status.and_then(|status| self.responses.get(usize::from(status / 100).wrapping_sub(1)));
         class.unwrap_or(&self.unanswered).increment();
         if record.outcome != "complete" {
             self.aborted.increment();
@@ -67,14 +68,44 @@ impl Counters {
         }
         let _ = writeln!(out, "{name}{{code=\"none\"}} {}", self.unanswered.value());
         let plain = [
-            ("aborted_total", "counter", "Exchanges cut short by a client, the upstream, the filter or a time-out.", self.aborted.value()),
-            ("request_bytes_total", "counter", "Request body bytes received from clients.", self.request_bytes.value()),
-            ("response_bytes_total", "counter", "Response body bytes handed to clients.", self.response_bytes.value()),
-            ("duration_microseconds_total", "counter", "Sum of the durations of exchanges that ended.", self.duration_us.value()),
+            (
+                "aborted_total",
+                "counter",
+                "Exchanges cut short by a client, the upstream, the filter or a time-out.",
+                self.aborted.value(),
+            ),
+            (
+                "request_bytes_total",
+                "counter",
+                "Request body bytes received from clients.",
+                self.request_bytes.value(),
+            ),
+            (
+                "response_bytes_total",
+                "counter",
+                "Response body bytes handed to clients.",
+                self.response_bytes.value(),
+            ),
+            (
+                "duration_microseconds_total",
+                "counter",
+                "Sum of the durations of exchanges that ended.",
+                self.duration_us.value(),
+            ),
             ("in_flight_requests", "gauge", "Exchanges that have not ended.", self.in_flight.value()),
             ("connections_total", "counter", "Client connections accepted.", self.connections.value()),
-            ("upstream_failures_total", "counter", "Requests the upstream did not answer.", self.upstream_failures.value()),
-            ("filter_failures_total", "counter", "Exchanges in which the filter crashed or was not to be had.", self.filter_failures.value()),
+            (
+                "upstream_failures_total",
+                "counter",
+                "Requests the upstream did not answer.",
+                self.upstream_failures.value(),
+            ),
+            (
+                "filter_failures_total",
+                "counter",
+                "Exchanges in which the filter crashed or was not to be had.",
+                self.filter_failures.value(),
+            ),
             ("access_log_dropped_total", "counter", "Access log lines lost.", access_log_dropped),
         ];
         for (suffix, kind, help, value) in plain {

@@ -132,11 +132,21 @@ impl Gateway {
                     local: stream.local_addr().unwrap_or(addr),
                 };
                 let header_timeout = shared.client_timeout;
-                let service = service_fn(move |request| serve::serve(Arc::clone(&shared), connection, request));
+                let service =
+                    service_fn(move |request| serve::serve(Arc::clone(&shared), connection, request));
                 drive(stream, service, header_timeout, stop)
             }))
         };
-        Ok(Self { addr, admin_addr, shared, drain_timeout: options.drain_timeout, stop_traffic, traffic, stop_admin, admin })
+        Ok(Self {
+            addr,
+            admin_addr,
+            shared,
+            drain_timeout: options.drain_timeout,
+            stop_traffic,
+            traffic,
+            stop_admin,
+            admin,
+        })
     }
 
     /// Stops accepting, lets exchanges end for up to the drain time-out, cuts the rest and writes
@@ -177,16 +187,15 @@ impl Drop for Gateway {
 }
 
 async fn filters(options: &GatewayOptions) -> Result<Option<Arc<dyn FilterFactory>>, GatewayError> {
-    let bytes = match &options.filter {
-        FilterSource::None => return Ok(None),
-        FilterSource::Native(factory) => return Ok(Some(Arc::clone(factory))),
-        FilterSource::WasmFile(path) => tokio::fs::read(path).await.map_err(|source| GatewayError::File {
-            action: "read the filter",
-            path: path.clone(),
-            source,
-        })?,
-        FilterSource::WasmBytes(bytes) => bytes.clone(),
-    };
+    let bytes =
+        match &options.filter {
+            FilterSource::None => return Ok(None),
+            FilterSource::Native(factory) => return Ok(Some(Arc::clone(factory))),
+            FilterSource::WasmFile(path) => tokio::fs::read(path).await.map_err(|source| {
+                GatewayError::File { action: "read the filter", path: path.clone(), source }
+            })?,
+            FilterSource::WasmBytes(bytes) => bytes.clone(),
+        };
     Ok(Some(Arc::new(wasm::WasmFilters::start(bytes, options).await?)))
 }
 
@@ -262,7 +271,8 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 /// [`GatewayError`] as [`Gateway::start`], and when the runtime cannot be set up.
 pub fn run(args: Args) -> Result<(), GatewayError> {
     let options = GatewayOptions::try_from(args)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(GatewayError::Runtime)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(GatewayError::Runtime)?;
     runtime.block_on(async {
         let upstream = options.upstream.clone();
         let drain_timeout = options.drain_timeout;

@@ -109,14 +109,28 @@ impl GatewayOptions {
         check_upstream(&self.upstream)?;
         let above_zero = "it has to be at least 1";
         if self.workers == 0 {
-            return Err(GatewayError::Setting { setting: "workers", value: "0".to_owned(), hint: above_zero });
+            return Err(GatewayError::Setting {
+                setting: "workers",
+                value: "0".to_owned(),
+                hint: above_zero,
+            });
         }
         if self.max_buffer_bytes == 0 {
-            return Err(GatewayError::Setting { setting: "max_buffer_bytes", value: "0".to_owned(), hint: above_zero });
+            return Err(GatewayError::Setting {
+                setting: "max_buffer_bytes",
+                value: "0".to_owned(),
+                hint: above_zero,
+            });
         }
-        for (setting, value) in [("upstream_timeout", self.upstream_timeout), ("client_timeout", self.client_timeout)] {
+        for (setting, value) in
+            [("upstream_timeout", self.upstream_timeout), ("client_timeout", self.client_timeout)]
+        {
             if value.is_zero() {
-                return Err(GatewayError::Setting { setting, value: "0".to_owned(), hint: "it has to be above zero" });
+                return Err(GatewayError::Setting {
+                    setting,
+                    value: "0".to_owned(),
+                    hint: "it has to be above zero",
+                });
             }
         }
         Ok(())

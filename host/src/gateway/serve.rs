@@ -27,7 +27,8 @@ impl Refusal {
     fn reply(self) -> LocalReply {
         let Self(status, code, message) = self;
         // The shape the OpenAI and Anthropic SDKs show to their users.
-        let body = serde_json::json!({"error": {"type": "driftlock_gateway", "code": code, "message": message}});
+        let body =
+            serde_json::json!({"error": {"type": "driftlock_gateway", "code": code, "message": message}});
         LocalReply {
             status,
             headers: vec![(b"content-type".to_vec(), b"application/json".to_vec())],
@@ -90,11 +91,19 @@ impl Detour {
 }
 
 fn filter_failed(what: &str) -> Refusal {
-    Refusal(503, "filter_failed", format!("{what}, and the gateway is set to refuse traffic it cannot inspect"))
+    Refusal(
+        503,
+        "filter_failed",
+        format!("{what}, and the gateway is set to refuse traffic it cannot inspect"),
+    )
 }
 
 fn upstream_timeout(shared: &Shared) -> Refusal {
-    Refusal(504, "upstream_timeout", format!("the upstream did not answer within {:?}", shared.upstream_timeout))
+    Refusal(
+        504,
+        "upstream_timeout",
+        format!("the upstream did not answer within {:?}", shared.upstream_timeout),
+    )
 }
 
 /// Cuts the client's connection: hyper closes it when a service fails.
@@ -110,7 +119,8 @@ pub(super) async fn serve(
 ) -> Result<Response<Lane>, Cut> {
     let (mut head, body) = request.into_parts();
     let path = head.uri.path_and_query().map_or_else(|| head.uri.to_string(), ToString::to_string);
-    let record = AccessRecord::begin(head.method.to_string(), path, shared.upstream_name.clone(), connection.peer);
+    let record =
+        AccessRecord::begin(head.method.to_string(), path, shared.upstream_name.clone(), connection.peer);
     let method = head.method.clone();
     let exchange = Exchange::new(Arc::clone(&shared), record);
     let guard = Guard::new(Arc::clone(&exchange));
@@ -131,10 +141,15 @@ pub(super) async fn serve(
 
 fn request_pairs(head: &mut http::request::Parts) -> Result<HeaderPairs, Refusal> {
     if head.method == Method::CONNECT {
-        return Err(Refusal(405, "method_not_supported", "this gateway is a reverse proxy and does not tunnel".to_owned()));
+        return Err(Refusal(
+            405,
+            "method_not_supported",
+            "this gateway is a reverse proxy and does not tunnel".to_owned(),
+        ));
     }
-    headers::request_pairs(head)
-        .ok_or_else(|| Refusal(400, "host_missing", "the request has no Host header (RFC 9112 section 3.2)".to_owned()))
+    headers::request_pairs(head).ok_or_else(|| {
+        Refusal(400, "host_missing", "the request has no Host header (RFC 9112 section 3.2)".to_owned())
+    })
 }
 
 /// Opens the filter, takes the request to the upstream and its response through the filter's
@@ -162,7 +177,8 @@ async fn forward(
         shared.client_timeout,
     )
     .map_err(|error| Detour::from_lane(error, exchange))?;
-    let pairs = poll_fn(|cx| lane.poll_headers(cx)).await.map_err(|error| Detour::from_lane(error, exchange))?;
+    let pairs =
+        poll_fn(|cx| lane.poll_headers(cx)).await.map_err(|error| Detour::from_lane(error, exchange))?;
     let head = headers::request_head(&pairs, &shared.upstream)
         .map_err(|error| Refusal(500, "filter_broke_request", error.to_string()))?;
     lane.set_declared_length(headers::content_length(head.headers()));
@@ -171,10 +187,16 @@ async fn forward(
     exchange.edit_record(|record| record.from_upstream = true);
     let (mut head, body) = response.into_parts();
     let pairs = headers::response_pairs(&mut head);
-    let mut lane =
-        Lane::start(Arc::clone(exchange), Direction::Response, pairs, Source::Peer(body), shared.upstream_timeout)
-            .map_err(|error| Detour::from_lane(error, exchange))?;
-    let pairs = poll_fn(|cx| lane.poll_headers(cx)).await.map_err(|error| Detour::from_lane(error, exchange))?;
+    let mut lane = Lane::start(
+        Arc::clone(exchange),
+        Direction::Response,
+        pairs,
+        Source::Peer(body),
+        shared.upstream_timeout,
+    )
+    .map_err(|error| Detour::from_lane(error, exchange))?;
+    let pairs =
+        poll_fn(|cx| lane.poll_headers(cx)).await.map_err(|error| Detour::from_lane(error, exchange))?;
     Ok((pairs, lane))
 }
 
@@ -245,7 +267,8 @@ async fn local_response(
     let source = Source::Own(has_body.then_some(reply.body));
     let patience = exchange.shared.upstream_timeout;
     let filtered = async {
-        let mut lane = Lane::start(Arc::clone(exchange), Direction::Response, bare.0.clone(), source, patience)?;
+        let mut lane =
+            Lane::start(Arc::clone(exchange), Direction::Response, bare.0.clone(), source, patience)?;
         let pairs = poll_fn(|cx| lane.poll_headers(cx)).await?;
         Ok::<_, LaneError>((pairs, lane))
     };

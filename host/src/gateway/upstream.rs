@@ -36,15 +36,28 @@ pub(super) fn explain(error: &Error) -> (u16, &'static str, String) {
     let mut timed_out = false;
     while let Some(source) = cause {
         text = format!("{text}: {source}");
-        timed_out |= source.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::TimedOut);
+        timed_out |=
+            source.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::TimedOut);
         cause = source.source();
     }
     if !error.is_connect() {
-        return (502, "upstream_failed", format!("the upstream closed the connection or broke HTTP before it answered ({text})"));
+        return (
+            502,
+            "upstream_failed",
+            format!("the upstream closed the connection or broke HTTP before it answered ({text})"),
+        );
     }
     if timed_out {
-        (504, "upstream_connect_timeout", format!("the upstream did not accept a connection in time ({text})"))
+        (
+            504,
+            "upstream_connect_timeout",
+            format!("the upstream did not accept a connection in time ({text})"),
+        )
     } else {
-        (502, "upstream_unreachable", format!("the upstream does not accept connections; check that it is running ({text})"))
+        (
+            502,
+            "upstream_unreachable",
+            format!("the upstream does not accept connections; check that it is running ({text})"),
+        )
     }
 }

@@ -22,14 +22,14 @@ use tokio::task::JoinHandle;
 
 use super::error::GatewayError;
 use super::filter::{
-    ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply, Release,
-    Step,
+    ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply,
+    Release, Step,
 };
 use super::metrics;
 use super::options::GatewayOptions;
 use crate::abi::{
-    self, AbiError, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause, Limits, LogLevel, LogLine, LogSink, MapType, MetricValue,
-    Module, Plugin, PluginOptions, PropertyValue, SharedState, StreamId,
+    self, AbiError, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause, Limits, LogLevel, LogLine, LogSink, MapType,
+    MetricValue, Module, Plugin, PluginOptions, PropertyValue, SharedState, StreamId,
 };
 
 /// A VM that lived this long before it crashed is replaced at once.
@@ -176,7 +176,8 @@ fn write_guest_log(line: LogLine) {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, AbiError> + Send + 'static,
 ) -> Result<T, GatewayError> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(|error| GatewayError::Filter(error.to_string()))?;
+    let done =
+        tokio::task::spawn_blocking(work).await.map_err(|error| GatewayError::Filter(error.to_string()))?;
     done.map_err(|error| GatewayError::Filter(error.to_string()))
 }
 
@@ -221,7 +222,9 @@ async fn tend(vm: Weak<Vm>, module: Module, options: PluginOptions) {
             born = Instant::now();
             match start_plugin(&module, &options).await {
                 Ok(plugin) => vm.install(plugin, options.limits.request_buffer_bytes),
-                Err(error) => tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again"),
+                Err(error) => {
+                    tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again")
+                }
             }
             continue;
         };
@@ -258,7 +261,8 @@ impl Life {
     fn after_call(&self, running: &mut Running) {
         for event in running.plugin.take_events() {
             if let Some(mailbox) = running.mailboxes.get(&event.stream) {
-                let step = self.translate(&running.plugin, event.stream, direction_of(event.direction), event.step);
+                let step =
+                    self.translate(&running.plugin, event.stream, direction_of(event.direction), event.step);
                 mailbox.deliver(direction_of(event.direction), step);
             }
         }
@@ -306,7 +310,8 @@ fn release_of(plugin: &Plugin, id: StreamId, direction: Direction, release: abi:
         Direction::Request => (MapType::RequestHeaders, MapType::RequestTrailers),
         Direction::Response => (MapType::ResponseHeaders, MapType::ResponseTrailers),
     };
-    let map = |wanted: bool, kind| wanted.then(|| plugin.header_map(id, kind).map(pairs_of).unwrap_or_default());
+    let map =
+        |wanted: bool, kind| wanted.then(|| plugin.header_map(id, kind).map(pairs_of).unwrap_or_default());
     Release {
         headers: map(release.headers, headers),
         body: Bytes::from(release.body),
@@ -416,8 +421,12 @@ impl WasmFilter {
         }
         let plugin = &mut running.plugin;
         let result = match (piece, direction) {
-            (Piece::Headers(pairs, end), Direction::Request) => plugin.request_headers(id, map_of(pairs), end),
-            (Piece::Headers(pairs, end), Direction::Response) => plugin.response_headers(id, map_of(pairs), end),
+            (Piece::Headers(pairs, end), Direction::Request) => {
+                plugin.request_headers(id, map_of(pairs), end)
+            }
+            (Piece::Headers(pairs, end), Direction::Response) => {
+                plugin.response_headers(id, map_of(pairs), end)
+            }
             (Piece::Body(chunk, end), Direction::Request) => plugin.request_body(id, &chunk, end),
             (Piece::Body(chunk, end), Direction::Response) => plugin.response_body(id, &chunk, end),
             (Piece::Trailers(pairs), Direction::Request) => plugin.request_trailers(id, map_of(pairs)),
@@ -428,7 +437,8 @@ impl WasmFilter {
             Err(error) => Err(FilterError::Crashed(error.to_string())),
         };
         // Taken only after a success: after a crash `take_held` looks for it.
-        let earlier = if result.is_ok() { lock(&self.mailbox.0).steps[direction as usize].take() } else { None };
+        let earlier =
+            if result.is_ok() { lock(&self.mailbox.0).steps[direction as usize].take() } else { None };
         life.after_call(&mut running);
         drop(running);
         Ok(match (earlier, result?) {
@@ -444,7 +454,12 @@ impl WasmFilter {
 }
 
 impl HttpFilter for WasmFilter {
-    fn headers(&mut self, direction: Direction, headers: HeaderPairs, end: bool) -> Result<Step, FilterError> {
+    fn headers(
+        &mut self,
+        direction: Direction,
+        headers: HeaderPairs,
+        end: bool,
+    ) -> Result<Step, FilterError> {
         self.report(direction, Piece::Headers(headers, end))
     }
 
@@ -456,7 +471,11 @@ impl HttpFilter for WasmFilter {
         self.report(direction, Piece::Trailers(trailers))
     }
 
-    fn poll_resumed(&mut self, direction: Direction, cx: &mut Context<'_>) -> Poll<Result<Step, FilterError>> {
+    fn poll_resumed(
+        &mut self,
+        direction: Direction,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Step, FilterError>> {
         let mut mail = lock(&self.mailbox.0);
         match mail.steps[direction as usize].take() {
             Some(release) => Poll::Ready(Ok(Step::Forward(release))),
@@ -505,10 +524,12 @@ impl FilterFactory for WasmFilters {
                 Err(error) => last_error = Some(error),
             }
         }
-        Err(FilterError::Unavailable(last_error.map_or_else(
-            || "all have crashed and are being replaced".to_owned(),
-            |error| error.to_string(),
-        )))
+        Err(FilterError::Unavailable(
+            last_error.map_or_else(
+                || "all have crashed and are being replaced".to_owned(),
+                |error| error.to_string(),
+            ),
+        ))
     }
 
     fn ready(&self) -> bool {
