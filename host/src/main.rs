@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use driftlock_host::{eval, explain, gateway, replay, synth, train};
+use driftlock_host::{demo, eval, explain, gateway, replay, synth, train};
 use tracing_subscriber::EnvFilter;
 
 /// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
@@ -28,6 +28,8 @@ enum Command {
     Eval(eval::Args),
     /// Generate an LLM gateway's traffic, with labelled anomalies.
     Synth(synth::Args),
+    /// Generate, train, inspect, report: the whole path in one command.
+    Demo(demo::Args),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
         Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
+        Command::Demo(args) => return demo::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

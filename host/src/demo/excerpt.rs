@@ -36,11 +36,10 @@ impl Excerpt {
         if skip > 0 {
             lead.insert(0, '…');
         }
-        Self {
-            before: visible(&lead),
-            inside: visible(&shorten(&inside, INSIDE_CHARS)),
-            after: visible(&shorten(&after, AROUND_CHARS)),
-        }
+        let shown = shorten(&inside, INSIDE_CHARS);
+        // What follows a part that is not shown to its end would read as its continuation.
+        let after = if shown.len() < inside.len() { String::new() } else { shorten(&after, AROUND_CHARS) };
+        Self { before: visible(&lead), inside: visible(&shown), after: visible(&after) }
     }
 }
 
@@ -121,6 +120,8 @@ mod tests {
 
     #[test]
     fn a_cut_keeps_the_inside_and_shortens_the_rest() {
+        let long = Excerpt::cut("x".repeat(500).as_bytes(), 0, 400);
+        assert_eq!((long.inside, long.after), (format!("{}…", "x".repeat(INSIDE_CHARS)), String::new()));
         let text = format!("{}<b>evil\x1b[31m\n</b>{}", "a".repeat(100), "z".repeat(100));
         let excerpt = Excerpt::cut(text.as_bytes(), 100, text.len() - 100);
         assert_eq!(excerpt.inside, "<b>evil\u{fffd}[31m⏎</b>");

@@ -58,7 +58,7 @@ pub struct Args {
     #[arg(long, value_name = "FOLDER", default_value = "target/demo")]
     pub out: PathBuf,
     /// Seed of the traffic
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 3)]
     pub seed: u64,
     /// Normal exchanges to train on
     #[arg(long, default_value_t = 6_000)]
@@ -152,17 +152,18 @@ pub fn demonstrate(args: &Args) -> Result<(), DemoError> {
     let wasm = filter_path(args)?;
     let folder = Folder::create(&args.out)?;
 
-    let normals = synth::generate(&SynthOptions {
-        seed: args.seed,
-        count: args.train + args.judge,
-        ..SynthOptions::default()
+    let options = SynthOptions { seed: args.seed, count: args.train, ..SynthOptions::default() };
+    let training = synth::generate(&options);
+    let judged_traffic = synth::generate(&SynthOptions {
+        skip: args.train,
+        count: args.judge,
+        anomalies: synth::FAMILIES.len(),
+        ..options
     });
-    let (training, held_out) = normals.split_at(args.train.min(normals.len()));
-    let judged_traffic = with_attacks(held_out, args.seed);
     folder.write("traffic.jsonl", |out| synth::write_jsonl(out, &judged_traffic))?;
 
     let training_began = Instant::now();
-    let training_exchanges = training.iter().map(|labelled| labelled.exchange.clone()).collect();
+    let training_exchanges = training.into_iter().map(|labelled| labelled.exchange).collect();
     let snapshot =
         train(training_exchanges, Config::parse(b"").map_err(TrainError::from)?, args.seed)?.snapshot;
     let training_time = training_began.elapsed();
@@ -187,7 +188,7 @@ pub fn demonstrate(args: &Args) -> Result<(), DemoError> {
     let judged = judged_traffic.iter().zip(replayed).map(judge).collect::<Result<Vec<_>, _>>()?;
     let totals = Totals::of(&judged);
     let setting = Setting {
-        trained: training.len(),
+        trained: args.train,
         training_time,
         baseline_digest: &snapshot.digest().to_string(),
         baseline_bytes: baseline.len(),
@@ -226,31 +227,10 @@ fn filter_path(args: &Args) -> Result<PathBuf, DemoError> {
     if path.is_file() { Ok(path) } else { Err(DemoError::NoFilter { path }) }
 }
 
-/// The held-out normals with one attack of each kind spread evenly among them.
-fn with_attacks(held_out: &[LabelledExchange], seed: u64) -> Vec<LabelledExchange> {
-    let attacks = synth::generate(&SynthOptions {
-        seed,
-        count: 0,
-        anomalies: synth::FAMILIES.len(),
-        ..SynthOptions::default()
-    });
-    let gap = held_out.len() / (attacks.len() + 1);
-    let mut all = Vec::with_capacity(held_out.len() + attacks.len());
-    let mut rest = held_out;
-    for attack in attacks {
-        let (before, after) = rest.split_at(gap);
-        all.extend_from_slice(before);
-        all.push(attack);
-        rest = after;
-    }
-    all.extend_from_slice(rest);
-    all
-}
-
-/// The filter's configuration: the baseline inline, all else by default. Streams without a baseline
-/// go on learning, as they would in production.
+/// The filter's configuration: the baseline inline, and no log lines, since the report shows what they
+/// would say. Streams without a baseline go on learning, as they would in production.
 fn plugin_configuration(baseline: &[u8]) -> String {
-    format!("{{\"baseline\": \"{}\"}}\n", STANDARD.encode(baseline))
+    format!("{{\"report\": {{\"log\": \"never\"}}, \"baseline\": \"{}\"}}\n", STANDARD.encode(baseline))
 }
 
 async fn through_gateway(

@@ -50,6 +50,12 @@ impl Judged<'_> {
     fn is_attack(&self) -> bool {
         self.labelled.label != "normal"
     }
+
+    /// The attacked message itself was flagged, not just the other one of the exchange.
+    fn is_caught(&self) -> bool {
+        self.flagged()
+            .any(|(direction, _)| self.labelled.spans.iter().any(|span| span.direction == direction))
+    }
 }
 
 /// How the traffic was made and judged.
@@ -88,7 +94,7 @@ impl Totals {
             totals.failures += usize::from(one.failure.is_some());
             if one.is_attack() {
                 totals.attacks += 1;
-                totals.attacks_flagged += usize::from(flagged > 0);
+                totals.attacks_flagged += usize::from(one.is_caught());
             } else {
                 totals.normal_exchanges += 1;
                 totals.normal_exchanges_flagged += usize::from(flagged > 0);
@@ -157,8 +163,7 @@ fn head(out: &mut impl Write, setting: &Setting<'_>, replayed: usize) -> io::Res
 fn attack(out: &mut impl Write, setting: &Setting<'_>, number: usize, one: &Judged<'_>) -> io::Result<()> {
     let labelled = one.labelled;
     let title = labelled.label.replace('_', " ");
-    let mut flagged = one.flagged().peekable();
-    if flagged.peek().is_none() {
+    if !one.is_caught() {
         writeln!(
             out,
             "{BAD}{number}. {title}: not flagged{BAD:#}  ({}, {})",
@@ -171,7 +176,7 @@ fn attack(out: &mut impl Write, setting: &Setting<'_>, number: usize, one: &Judg
         }
         return writeln!(out);
     }
-    for (direction, verdict) in flagged {
+    for (direction, verdict) in one.flagged() {
         writeln!(
             out,
             "{BOLD}{number}. {title}{BOLD:#}  {}, {}, {}  {DIM}{}{DIM:#}",
@@ -181,6 +186,7 @@ fn attack(out: &mut impl Write, setting: &Setting<'_>, number: usize, one: &Judg
             labelled.exchange.id
         )?;
         where_and_why(out, labelled, direction, verdict)?;
+        also_strange(out, labelled, direction, verdict)?;
         if let (Some(p), Some([rank, of])) = (verdict.p_value, verdict.p_fraction) {
             writeln!(
                 out,
@@ -220,6 +226,23 @@ fn where_and_why(
             "   why    {:.2} bits per byte over the whole unit, normal is {:.2}",
             scores.mean_bits, scores.expected_mean_bits
         )?;
+    }
+    Ok(())
+}
+
+/// The unit that the attack is known to sit in, where another one decided.
+fn also_strange(
+    out: &mut impl Write,
+    labelled: &LabelledExchange,
+    direction: Direction,
+    verdict: &Verdict,
+) -> io::Result<()> {
+    let known = labelled.spans.iter().filter(|span| span.direction == direction);
+    for span in known.filter(|span| verdict.unit.as_deref() != Some(&span.unit)) {
+        let unit = verdict.units.iter().find(|u| u.unit == span.unit && usize::from(u.index) == span.index);
+        if let Some(unit) = unit {
+            writeln!(out, "   also   {} costs {:.2} bits per byte", span.unit, unit.mean_bits)?;
+        }
     }
     Ok(())
 }
@@ -314,5 +337,106 @@ struct Percent(usize, usize);
 impl fmt::Display for Percent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.2} %", self.0 as f64 * 100.0 / self.1.max(1) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synth::{SynthOptions, generate};
+
+    fn verdict(outcome: &str) -> Verdict {
+        let json = format!(
+            r#"{{"stream":"s","unit":"target","unit_index":0,"outcome":"{outcome}","p_value":0.002,"p_fraction":[1,500],
+                "alpha":0.002,"scores":null,"spans":[{{"start":4,"end":8,"bits":40.5,"expected_bits":3.0}}],
+                "units":[],"baseline":"0123456789abcdef","engine_version":"0"}}"#
+        );
+        serde_json::from_str(&json).expect("a verdict")
+    }
+
+    fn judged<'a>(labelled: &'a LabelledExchange, request: &str, response: &str) -> Judged<'a> {
+        Judged { labelled, request: Some(verdict(request)), response: Some(verdict(response)), failure: None }
+    }
+
+    fn traffic() -> Vec<LabelledExchange> {
+        generate(&SynthOptions { count: 200, anomalies: 5, ..SynthOptions::default() })
+    }
+
+    #[test]
+    fn an_attack_counts_only_where_it_is() {
+        let traffic = traffic();
+        let injection = traffic.iter().find(|l| l.label == "sql_injection").expect("one of each");
+        assert_eq!(Totals::of(&[judged(injection, "anomalous", "normal")]).attacks_flagged, 1);
+        assert_eq!(Totals::of(&[judged(injection, "normal", "anomalous")]).attacks_flagged, 0);
+    }
+
+    #[test]
+    fn the_bar_for_normals_is_one_percent_of_messages() {
+        let traffic = traffic();
+        let normals: Vec<_> = traffic.iter().filter(|l| l.label == "normal").collect();
+        let totals_with = |flagged: usize| {
+            let judged: Vec<_> = normals
+                .iter()
+                .enumerate()
+                .map(|(i, l)| judged(l, if i < flagged { "anomalous" } else { "normal" }, "normal"))
+                .collect();
+            Totals::of(&judged)
+        };
+        assert!(totals_with(4).normals_bar_holds(), "4 of 400");
+        assert!(!totals_with(5).normals_bar_holds(), "5 of 400");
+        assert!(!totals_with(0).bars_hold(), "no attack was sent");
+    }
+
+    #[test]
+    fn a_failed_exchange_breaks_the_bars() {
+        let traffic = traffic();
+        let mut all: Vec<_> = traffic
+            .iter()
+            .map(|l| {
+                if l.label == "normal" {
+                    judged(l, "normal", "normal")
+                } else {
+                    judged(l, "anomalous", "anomalous")
+                }
+            })
+            .collect();
+        assert!(Totals::of(&all).bars_hold());
+        all[0].failure = Some("broke off".to_owned());
+        assert!(!Totals::of(&all).bars_hold());
+    }
+
+    #[test]
+    fn the_report_says_what_where_why_and_how_to_look_closer() {
+        let traffic = traffic();
+        let all: Vec<_> = traffic
+            .iter()
+            .map(|l| judged(l, if l.label == "sql_injection" { "anomalous" } else { "normal" }, "normal"))
+            .collect();
+        let setting = Setting {
+            trained: 1,
+            training_time: Duration::ZERO,
+            baseline_digest: "feed",
+            baseline_bytes: 4096,
+            streams: 2,
+            proxy: "a proxy",
+            judging_time: Duration::ZERO,
+            look_closer: &|id| format!("driftlock explain --id {id}"),
+        };
+        let mut out = anstream::StripStream::new(Vec::new());
+        write(&mut out, &setting, &all, &Totals::of(&all)).expect("a Vec takes it all");
+        let text = String::from_utf8(out.into_inner()).expect("UTF-8");
+        for part in [
+            "sha256:feed",
+            "5. sql injection  rest, request, target  a000004",
+            "cost 40 bits, normal text of that length 3",
+            "0.002 (0 of 499 calibration messages are as strange), alpha 0.002",
+            "driftlock explain --id a000004",
+            "1. jailbreak: not flagged",
+            "MISSED 1 of 5 anomalies",
+            "ok     0 of 400 normal messages flagged, 0.00 %",
+        ] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+        assert!(!text.contains('\x1b'));
     }
 }

@@ -18,7 +18,15 @@ pub(super) struct Verdict {
     pub(super) alpha: f64,
     pub(super) scores: Option<Scores>,
     pub(super) spans: Vec<Span>,
+    pub(super) units: Vec<Unit>,
     pub(super) baseline: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Unit {
+    pub(super) unit: String,
+    pub(super) index: u16,
+    pub(super) mean_bits: f64,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -52,18 +52,20 @@ const PLACE_STREAM: u64 = 1 << 41;
 pub struct SynthOptions {
     /// Seed of all draws.
     pub seed: u64,
+    /// Normal exchanges to leave out before the first: those that another run with the same seed makes.
+    pub skip: usize,
     /// Number of normal exchanges.
     pub count: usize,
     /// Number of anomalies, at drawn places among the normals; the families of [`FAMILIES`] in turn.
     pub anomalies: usize,
-    /// Unix time of the first exchange, in seconds. Dates in the texts follow it.
+    /// Unix time of the run's exchange 0, in seconds, skipped or not. Dates in the texts follow it.
     pub start_unix_s: u64,
 }
 
 impl Default for SynthOptions {
     /// 2,000 normal exchanges from 12 November 2026, no anomaly.
     fn default() -> Self {
-        Self { seed: 1, count: 2_000, anomalies: 0, start_unix_s: 1_794_470_400 }
+        Self { seed: 1, skip: 0, count: 2_000, anomalies: 0, start_unix_s: 1_794_470_400 }
     }
 }
 
@@ -131,12 +133,13 @@ pub fn generate(options: &SynthOptions) -> Vec<LabelledExchange> {
     let mut anomaly_before = anomaly_before.into_iter().enumerate().peekable();
 
     let mut out = Vec::with_capacity(options.count + options.anomalies);
-    for i in 0..=options.count as u64 {
+    for place in 0..=options.count as u64 {
+        let i = options.skip as u64 + place;
         let unix_s = options.start_unix_s + i * STEP_S;
-        while let Some((n, _)) = anomaly_before.next_if(|(_, place)| *place == i) {
+        while let Some((n, _)) = anomaly_before.next_if(|(_, before)| *before == place) {
             out.push(anomaly(&traffic, n, unix_s, &mut Dice::new(options.seed, ANOMALY_STREAM + n as u64)));
         }
-        if i < options.count as u64 {
+        if place < options.count as u64 {
             out.push(normal(&traffic, i, unix_s, &mut Dice::new(options.seed, i)));
         }
     }
@@ -244,6 +247,9 @@ fn raw_message(start_line: &str, headers: &[(String, String)], body: &[u8]) -> S
 /// Arguments of `driftlock synth`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
+    /// Normal exchanges to leave out before the first; continues an earlier run with the same seed
+    #[arg(long, default_value_t = 0)]
+    pub skip: usize,
     /// Normal exchanges to generate
     #[arg(long, default_value_t = 2_000)]
     pub count: usize,
@@ -276,6 +282,7 @@ pub struct SynthError {
 pub fn run(args: &Args) -> Result<(), SynthError> {
     let exchanges = generate(&SynthOptions {
         seed: args.seed,
+        skip: args.skip,
         count: args.count,
         anomalies: args.anomalies,
         start_unix_s: args.start,

@@ -91,6 +91,8 @@ fn a_longer_run_extends_a_shorter_one() {
     let short = generate(&SynthOptions { count: 40, anomalies: 0, ..small() });
     let long = generate(&SynthOptions { count: 90, anomalies: 0, ..small() });
     assert_eq!(sha256_hex(&short), sha256_hex(&long[..40]));
+    let rest = generate(&SynthOptions { skip: 40, count: 50, anomalies: 0, ..small() });
+    assert_eq!(sha256_hex(&rest), sha256_hex(&long[40..]));
 }
 
 #[test]
@@ -273,6 +275,7 @@ fn rows_read_back_as_the_same_exchanges() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["run.jsonl", "run.jsonl.gz"] {
         let args = Args {
+            skip: 0,
             count: 60,
             anomalies: 10,
             seed: 7,
@@ -291,7 +294,14 @@ fn rows_read_back_as_the_same_exchanges() {
 
 #[test]
 fn a_file_that_cannot_be_created_is_named() {
-    let args = Args { count: 1, anomalies: 0, seed: 1, start: 0, out: "/nonexistent-folder/x.jsonl".into() };
+    let args = Args {
+        skip: 0,
+        count: 1,
+        anomalies: 0,
+        seed: 1,
+        start: 0,
+        out: "/nonexistent-folder/x.jsonl".into(),
+    };
     let message = super::run(&args).unwrap_err().to_string();
     assert!(message.contains("/nonexistent-folder/x.jsonl") && message.contains("--out"), "{message}");
 }
