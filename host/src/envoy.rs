@@ -188,7 +188,8 @@ pub fn find_binary(explicit: Option<&Path>) -> Result<PathBuf, EnvoyError> {
         };
     }
     let here = std::env::current_dir().unwrap_or_default();
-    let built = here.ancestors().map(|folder| folder.join("target/envoy/bin/envoy")).find(|path| path.is_file());
+    let built =
+        here.ancestors().map(|folder| folder.join("target/envoy/bin/envoy")).find(|path| path.is_file());
     let on_path = || {
         let path = std::env::var_os("PATH").unwrap_or_default();
         std::env::split_paths(&path).map(|folder| folder.join("envoy")).find(|path| path.is_file())
@@ -322,7 +323,8 @@ impl Envoy {
     /// [`EnvoyError::File`] when the log cannot be read.
     pub fn log_lines(&self) -> Result<Vec<String>, EnvoyError> {
         let path = self.folder.path().join("envoy.log");
-        let bytes = std::fs::read(&path).map_err(|source| EnvoyError::File { action: "read", path, source })?;
+        let bytes =
+            std::fs::read(&path).map_err(|source| EnvoyError::File { action: "read", path, source })?;
         Ok(String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect())
     }
 
@@ -346,8 +348,8 @@ impl Envoy {
     }
 
     fn ask(&self, method: &str, path: &str) -> Result<String, EnvoyError> {
-        let (status, body) = admin_request(self.admin, method, path)
-            .map_err(|source| self.admin_error(path, source))?;
+        let (status, body) =
+            admin_request(self.admin, method, path).map_err(|source| self.admin_error(path, source))?;
         if status == 200 {
             return Ok(body);
         }

@@ -45,9 +45,11 @@ pub enum VerdictSource {
     Gateway(Receiver<AccessRecord>),
 }
 
-/// Time limits of a replay.
+/// How answers travel, and time limits.
 #[derive(Clone, Debug)]
 pub struct ReplayOptions {
+    /// How every answer is delivered, in place of what [`Delivery::recorded`] says.
+    pub delivery: Option<Delivery>,
     /// For one exchange, from connecting to the last byte of the answer.
     pub exchange_deadline: Duration,
     /// For the access log, after the last exchange (after each one for a gateway).
@@ -56,7 +58,11 @@ pub struct ReplayOptions {
 
 impl Default for ReplayOptions {
     fn default() -> Self {
-        Self { exchange_deadline: Duration::from_secs(60), log_deadline: Duration::from_secs(10) }
+        Self {
+            delivery: None,
+            exchange_deadline: Duration::from_secs(60),
+            log_deadline: Duration::from_secs(10),
+        }
     }
 }
 
@@ -129,7 +135,7 @@ pub enum ReplayError {
 
 /// Sends the exchanges, one after the other, to the proxy at `gateway`, whose upstream must be
 /// `upstream`, and returns one result each, in order. The exchanges go through
-/// [`super::wire::on_the_wire`] first and the answers are delivered as [`Delivery::recorded`] says.
+/// [`super::wire::on_the_wire`] first.
 ///
 /// # Errors
 /// [`ReplayError`] when the replay as a whole cannot go on; what befalls one exchange is its
@@ -156,8 +162,10 @@ pub async fn replay_through(
             }
         };
         // `on_the_wire` refuses an exchange without a response.
-        let response = wire.response.unwrap_or(HttpResponse { status: 204, headers: Vec::new(), body: Vec::new() });
-        let number = upstream.plan(&response, Delivery::recorded(&response))?;
+        let response =
+            wire.response.unwrap_or(HttpResponse { status: 204, headers: Vec::new(), body: Vec::new() });
+        let delivery = options.delivery.clone().unwrap_or_else(|| Delivery::recorded(&response));
+        let number = upstream.plan(&response, delivery)?;
         let mut outcome = driver.send(id, number, &wire.request, &response).await;
         if let VerdictSource::Gateway(records) = verdicts {
             match next_record(records, options.log_deadline).await {
@@ -208,7 +216,13 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
-    async fn send(&self, id: String, number: u64, request: &HttpRequest, expected: &HttpResponse) -> ReplayedExchange {
+    async fn send(
+        &self,
+        id: String,
+        number: u64,
+        request: &HttpRequest,
+        expected: &HttpResponse,
+    ) -> ReplayedExchange {
         let mut outcome = unsent(id);
         let deadline = self.options.exchange_deadline;
         let result = timeout(deadline, self.exchange(number, request, expected, &mut outcome)).await;

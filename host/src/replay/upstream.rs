@@ -64,10 +64,12 @@ pub enum Split {
 
 impl Delivery {
     /// As the recorded headers suggest: server-sent events in chunks that end with an event, all
-    /// else in one piece with its length.
+    /// else, and an empty body, in one piece with its length.
     pub fn recorded(response: &HttpResponse) -> Self {
         let content_type = header(&response.headers, "content-type").unwrap_or_default();
-        if content_type.trim_start().to_ascii_lowercase().starts_with("text/event-stream") {
+        if !response.body.is_empty()
+            && content_type.trim_start().to_ascii_lowercase().starts_with("text/event-stream")
+        {
             Self { split: Split::Events, chunked: true, ..Self::default() }
         } else {
             Self::default()
@@ -187,7 +189,8 @@ async fn accept(listener: TcpListener, plans: Plans) {
 
 async fn answer(request: Request<Incoming>, plans: Plans) -> Result<Response<PlannedBody>, Infallible> {
     let (head, body) = request.into_parts();
-    let number = head.headers.get(REPLAY_ID_HEADER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let number =
+        head.headers.get(REPLAY_ID_HEADER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let Some(number) = number else {
         return Ok(refuse("the request has no x-driftlock-replay-id header"));
     };
@@ -216,7 +219,8 @@ async fn answer(request: Request<Incoming>, plans: Plans) -> Result<Response<Pla
 }
 
 fn refuse(why: &'static str) -> Response<PlannedBody> {
-    let mut response = Response::new(PlannedBody::new(Bytes::from_static(why.as_bytes()), &Delivery::default()));
+    let mut response =
+        Response::new(PlannedBody::new(Bytes::from_static(why.as_bytes()), &Delivery::default()));
     *response.status_mut() = StatusCode::NOT_FOUND;
     response
 }
@@ -240,7 +244,9 @@ impl PlannedBody {
         let kept = body.slice(..cut.unwrap_or(body.len()));
         let mut trailers = HeaderMap::new();
         for (name, value) in &delivery.trailers {
-            if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(value)) {
+            if let (Ok(name), Ok(value)) =
+                (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(value))
+            {
                 trailers.append(name, value);
             }
         }
@@ -266,7 +272,9 @@ fn pieces(body: Bytes, split: Split) -> VecDeque<Bytes> {
                 ends.push(start);
             }
         }
-        Split::Every(bytes) => ends.extend((1..).map(|n| n * bytes.max(1)).take_while(|&end| end < body.len())),
+        Split::Every(bytes) => {
+            ends.extend((1..).map(|n| n * bytes.max(1)).take_while(|&end| end < body.len()))
+        }
     }
     ends.push(body.len());
     let mut start = 0;
@@ -300,7 +308,8 @@ impl Body for PlannedBody {
         }
         // A death is put off like a piece, and by a moment at least: hyper drops what it has not
         // yet written when a body fails, and the peer is to see the bytes before it.
-        let pause = if this.pieces.is_empty() { this.pause.max(Duration::from_millis(5)) } else { this.pause };
+        let pause =
+            if this.pieces.is_empty() { this.pause.max(Duration::from_millis(5)) } else { this.pause };
         if !pause.is_zero() {
             let sleep = this.sleeping.get_or_insert_with(|| Box::pin(tokio::time::sleep(pause)));
             ready!(sleep.as_mut().poll(cx));
@@ -356,7 +365,10 @@ mod tests {
         let response = response("application/json", "{\"a\":1}");
         let number = upstream.plan(&response, Delivery::recorded(&response)).unwrap();
         let answer = ask(&upstream, &number.to_string()).await;
-        assert!(answer.contains("content-length: 7\r\n") && answer.ends_with("\r\n\r\n{\"a\":1}"), "{answer}");
+        assert!(
+            answer.contains("content-length: 7\r\n") && answer.ends_with("\r\n\r\n{\"a\":1}"),
+            "{answer}"
+        );
         let received = upstream.take(number).unwrap();
         assert_eq!((received.method.as_str(), received.target.as_str()), ("POST", "/p?q"));
         assert_eq!(received.body, b"hi");
