@@ -1110,6 +1110,44 @@ async fn a_crash_follows_the_failure_policy() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_early_answer_reaches_a_client_that_is_still_sending() {
+    let upstream = upstream(|mut peer| async move {
+        let Some(_) = peer.head().await else { return };
+        peer.send("HTTP/1.1 413 Content Too Large\r\ncontent-length: 3\r\n\r\nbig").await;
+        // Neither reads the body nor closes.
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let running = start(&upstream).await;
+    let mut client = running.client().await;
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000000\r\n\r\nsome").await;
+    let response = client.message().await.expect("a response");
+    assert_eq!((response.status(), response.text().as_str()), (413, "big"));
+    assert_eq!(running.record().await.outcome, "complete");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upstream_that_closes_after_each_answer_is_no_failure() {
+    let upstream = upstream(|mut peer| async move {
+        let Some(request) = peer.message().await else { return };
+        peer.send(format!(
+            "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            request.body.len()
+        ))
+        .await;
+        peer.send(request.body).await;
+    })
+    .await;
+    let running = start(&upstream).await;
+    let mut client = running.client().await;
+    for number in 0..20 {
+        let body = format!("message {number}");
+        assert_eq!(client.exchange(post("/", &body)).await.text(), body);
+    }
+    assert_eq!(upstream.connections.load(Ordering::SeqCst), 20);
+}
+
 // Life of a gateway.
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1346,6 +1384,68 @@ async fn a_trap_costs_its_own_exchange_and_the_vm_comes_back() {
             }
         }
     }
+}
+
+/// Buffers request bodies; traps on one of 26 bytes, at its end, and on a first chunk of 13.
+const HOLDING_GUEST: &str = r#"(module
+  (memory (export "memory") 2)
+  (func (export "proxy_abi_version_0_2_1"))
+  (func (export "proxy_on_memory_allocate") (param i32) (result i32) (i32.const 65536))
+  (func (export "proxy_on_context_create") (param i32 i32))
+  (func (export "proxy_on_request_body") (param i32 i32 i32) (result i32)
+    (if (i32.and (local.get 2) (i32.eq (local.get 1) (i32.const 26))) (then unreachable))
+    (if (i32.eq (local.get 1) (i32.const 13)) (then unreachable))
+    (i32.eqz (local.get 2)))
+  (func (export "proxy_on_done") (param i32) (result i32) (i32.const 1)))"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_crashed_guest_held_is_not_lost_when_failing_open() {
+    let upstream = echo().await;
+    let mut options = options(upstream.address, wasm(HOLDING_GUEST));
+    options.failure_policy = FailurePolicy::FailOpen;
+    options.workers = 1;
+    let running = start_with(options).await;
+    // The guest traps at the end of its own message.
+    let mut client = running.client().await;
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 26\r\n\r\nabcdefghij").await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    client.send("klmnopqrstuvwxyz").await;
+    assert_eq!(client.message().await.expect("a response").text(), "abcdefghijklmnopqrstuvwxyz");
+    assert!(running.record().await.filter_failed);
+    soon("the next VM", async {
+        while {
+            running.client().await.exchange(post("/", "harmless")).await;
+            running.record().await.filter_failed
+        } {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    // Another exchange's trap loses the VM while this one is held in the middle of its body.
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 20\r\n\r\nabcdefghij").await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(running.client().await.exchange(post("/", "thirteen byte")).await.text(), "thirteen byte");
+    client.send("klmnopqrst").await;
+    assert_eq!(client.message().await.expect("a response").text(), "abcdefghijklmnopqrst");
+    for _ in 0..2 {
+        assert!(running.record().await.filter_failed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exchanges_on_a_crashed_vm_are_refused_at_once_when_failing_closed() {
+    let upstream = echo().await;
+    let mut options = options(upstream.address, wasm(HOLDING_GUEST));
+    options.workers = 1;
+    let running = start_with(options).await;
+    let mut client = running.client().await;
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 20\r\n\r\nabcdefghij").await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(running.client().await.exchange(post("/", "thirteen byte")).await.status(), 503);
+    // Without having sent the rest.
+    let response = client.message().await.expect("a response");
+    assert_eq!(response.status(), 503);
+    assert!(response.text().contains("filter_failed"), "{}", response.text());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

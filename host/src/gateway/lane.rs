@@ -12,7 +12,6 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -67,21 +66,18 @@ pub(super) struct Lane {
     read_on: bool,
     /// Bytes still owed under the declared content-length.
     owed_bytes: Option<u64>,
-    patience: Duration,
     timer: Option<Pin<Box<Sleep>>>,
     timer_armed: bool,
     guard: Option<Guard>,
 }
 
 impl Lane {
-    /// A lane that starts with `headers`. `patience`: how long it waits for its source, and for the
-    /// filter to let go, before it gives up.
+    /// A lane that starts with `headers`.
     pub(super) fn start(
         exchange: Arc<Exchange>,
         direction: Direction,
         headers: HeaderPairs,
         source: Source,
-        patience: Duration,
     ) -> Result<Self, LaneError> {
         let mut lane = Self {
             exchange,
@@ -93,7 +89,6 @@ impl Lane {
             output_ended: false,
             read_on: true,
             owed_bytes: None,
-            patience,
             timer: None,
             timer_armed: false,
             guard: None,
@@ -115,7 +110,6 @@ impl Lane {
             output_ended: true,
             read_on: true,
             owed_bytes: None,
-            patience: Duration::MAX,
             timer: None,
             timer_armed: false,
             guard: None,
@@ -168,7 +162,11 @@ impl Lane {
     }
 
     fn poll_patience(&mut self, cx: &mut Context<'_>, reads: bool) -> Poll<Result<(), LaneError>> {
-        let patience = self.patience;
+        // While the filter holds a message its sender is not to blame.
+        let patience = match (reads, self.direction) {
+            (true, Direction::Request) => self.exchange.shared.client_timeout,
+            _ => self.exchange.shared.upstream_timeout,
+        };
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
         if !self.timer_armed {
             timer.as_mut().reset(Instant::now() + patience);

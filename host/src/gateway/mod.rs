@@ -52,6 +52,8 @@ use access_log::AccessLog;
 use filter::{ConnectionInfo, FilterFactory};
 use metrics::Counters;
 
+/// A connection that takes longer will not come about.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ADMIN_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What every connection of a gateway uses.
@@ -97,7 +99,7 @@ impl Gateway {
         };
         let shared = Arc::new(Shared {
             filters,
-            client: upstream::client(options.upstream_timeout),
+            client: upstream::client(options.upstream_timeout.min(CONNECT_TIMEOUT)),
             upstream_name: options.upstream.authority().map_or_else(String::new, ToString::to_string),
             upstream: options.upstream,
             failure_policy: options.failure_policy,

@@ -12,6 +12,9 @@ use super::access_log::AccessLogTarget;
 use super::error::GatewayError;
 use super::filter::FilterFactory;
 
+/// "For ever", and far from the limits of timer arithmetic.
+const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// What becomes of an exchange whose filter is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum FailurePolicy {
@@ -67,8 +70,9 @@ pub struct GatewayOptions {
     pub admin: Option<SocketAddr>,
     /// Where the access log goes.
     pub access_log: AccessLogTarget,
-    /// Longest wait for a connection, for response headers after the last request byte, for the next
-    /// byte of a response, and for a filter to let go of a message it holds.
+    /// Longest wait for response headers after the last request byte, for the next byte of a response,
+    /// and for a filter to let go of a message it holds. The default suits answers of LLMs that are
+    /// not streamed. A connection has to come about within 10 s of it.
     pub upstream_timeout: Duration,
     /// Longest wait for a client's request headers and for the next byte of its body.
     pub client_timeout: Duration,
@@ -95,7 +99,7 @@ impl GatewayOptions {
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             admin: None,
             access_log: AccessLogTarget::None,
-            upstream_timeout: Duration::from_secs(60),
+            upstream_timeout: Duration::from_secs(300),
             client_timeout: Duration::from_secs(60),
             drain_timeout: Duration::from_secs(30),
             failure_policy: FailurePolicy::default(),
@@ -122,14 +126,16 @@ impl GatewayOptions {
                 hint: above_zero,
             });
         }
-        for (setting, value) in
-            [("upstream_timeout", self.upstream_timeout), ("client_timeout", self.client_timeout)]
-        {
-            if value.is_zero() {
+        for (setting, value, least) in [
+            ("upstream_timeout", self.upstream_timeout, Duration::from_millis(1)),
+            ("client_timeout", self.client_timeout, Duration::from_millis(1)),
+            ("drain_timeout", self.drain_timeout, Duration::ZERO),
+        ] {
+            if value < least || value > LONGEST {
                 return Err(GatewayError::Setting {
                     setting,
-                    value: "0".to_owned(),
-                    hint: "it has to be above zero",
+                    value: format!("{value:?}"),
+                    hint: "it has to be between 1 ms (a drain: 0) and a year",
                 });
             }
         }
@@ -183,8 +189,8 @@ pub struct Args {
     /// Access log: "stdout", "none" or a file to append to
     #[arg(long, value_name = "TARGET", default_value = "stdout")]
     pub access_log: String,
-    /// Seconds to wait for the upstream (connect, response headers, next byte)
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    /// Seconds to wait for the upstream (response headers, next byte)
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds)]
     pub upstream_timeout: Duration,
     /// Seconds to wait for a client (request headers, next byte of its body)
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
@@ -205,11 +211,7 @@ pub struct Args {
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "give seconds as a number, such as 30 or 0.5".to_owned())?;
-    // A year is "for ever" and keeps timer arithmetic far from its limits.
-    Duration::try_from_secs_f64(seconds)
-        .ok()
-        .filter(|duration| *duration <= Duration::from_secs(31_536_000))
-        .ok_or_else(|| "give between 0 and 31536000 seconds".to_owned())
+    Duration::try_from_secs_f64(seconds).map_err(|_| "give a number of seconds from 0 on".to_owned())
 }
 
 impl TryFrom<Args> for GatewayOptions {
@@ -265,8 +267,11 @@ mod tests {
             let error = options.check().expect_err(uri).to_string();
             assert!(error.contains(reason), "{uri}: {error}");
         }
-        let options = GatewayOptions::new(Uri::from_static("http://a.example:8000/"), FilterSource::None);
+        let mut options = GatewayOptions::new(Uri::from_static("http://a.example:8000/"), FilterSource::None);
         assert!(options.check().is_ok());
+        options.upstream_timeout = Duration::MAX;
+        let error = options.check().expect_err("too long").to_string();
+        assert!(error.contains("upstream_timeout"), "{error}");
     }
 
     #[test]

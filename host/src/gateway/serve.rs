@@ -167,16 +167,8 @@ async fn forward(
             Err(error) => filter_missing(exchange, &error)?,
         }
     }
-    let mut lane = Lane::start(
-        Arc::clone(exchange),
-        Direction::Request,
-        pairs,
-        Source::Peer(body),
-        // While the filter holds a message the client is not to blame, and the longer of the two
-        // patiences decides; both have their own message.
-        shared.client_timeout,
-    )
-    .map_err(|error| Detour::from_lane(error, exchange))?;
+    let mut lane = Lane::start(Arc::clone(exchange), Direction::Request, pairs, Source::Peer(body))
+        .map_err(|error| Detour::from_lane(error, exchange))?;
     let pairs =
         poll_fn(|cx| lane.poll_headers(cx)).await.map_err(|error| Detour::from_lane(error, exchange))?;
     let head = headers::request_head(&pairs, &shared.upstream)
@@ -187,14 +179,8 @@ async fn forward(
     exchange.edit_record(|record| record.from_upstream = true);
     let (mut head, body) = response.into_parts();
     let pairs = headers::response_pairs(&mut head);
-    let mut lane = Lane::start(
-        Arc::clone(exchange),
-        Direction::Response,
-        pairs,
-        Source::Peer(body),
-        shared.upstream_timeout,
-    )
-    .map_err(|error| Detour::from_lane(error, exchange))?;
+    let mut lane = Lane::start(Arc::clone(exchange), Direction::Response, pairs, Source::Peer(body))
+        .map_err(|error| Detour::from_lane(error, exchange))?;
     let pairs =
         poll_fn(|cx| lane.poll_headers(cx)).await.map_err(|error| Detour::from_lane(error, exchange))?;
     Ok((pairs, lane))
@@ -265,10 +251,8 @@ async fn local_response(
         return Ok((bare.0, Lane::unfiltered(Arc::clone(exchange), Direction::Response, body)));
     }
     let source = Source::Own(has_body.then_some(reply.body));
-    let patience = exchange.shared.upstream_timeout;
     let filtered = async {
-        let mut lane =
-            Lane::start(Arc::clone(exchange), Direction::Response, bare.0.clone(), source, patience)?;
+        let mut lane = Lane::start(Arc::clone(exchange), Direction::Response, bare.0.clone(), source)?;
         let pairs = poll_fn(|cx| lane.poll_headers(cx)).await?;
         Ok::<_, LaneError>((pairs, lane))
     };
