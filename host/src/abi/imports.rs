@@ -363,12 +363,9 @@ fn call_foreign_function(c: &mut Ctx<'_>, name: Range, arguments: Range, out: u3
 fn get_buffer_bytes(c: &mut Ctx<'_>, kind: u32, start: u32, max: u32, ptr: u32, len: u32) -> Outcome {
     let kind = BufferType::from_abi(kind)?;
     let buffer = c.data().buffer(kind)?;
-    // Out of range is nothing, not an error, and then the guest's pointers are left alone.
+    // Out of range is nothing, a null pointer, and not an error.
     let start = (start as usize).min(buffer.len());
     let end = start.saturating_add(max as usize).min(buffer.len());
-    if start == end {
-        return Ok(());
-    }
     give(c, ptr, len, |host, out| {
         out.extend_from_slice(host.buffer(kind)?.get(start..end).unwrap_or_default());
         Ok(())

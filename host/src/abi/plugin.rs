@@ -43,7 +43,8 @@ pub struct Limits {
     pub request_buffer_bytes: usize,
     /// The same for the response, which is answered with 500, or reset once it has begun.
     pub response_buffer_bytes: usize,
-    /// How long one callback may run.
+    /// How long one callback may run, in wall time; 10 s unless set, far above what a filter takes even
+    /// on a crowded machine, since a callback that is stopped loses the VM.
     pub callback_deadline: Duration,
     /// How long start and configuration together may run.
     pub start_deadline: Duration,
@@ -57,7 +58,7 @@ impl Default for Limits {
             memory_bytes: 1024 * 1024 * 1024,
             request_buffer_bytes: 1024 * 1024,
             response_buffer_bytes: 1024 * 1024,
-            callback_deadline: Duration::from_secs(5),
+            callback_deadline: Duration::from_secs(10),
             start_deadline: Duration::from_secs(60),
             outstanding_http_calls: 128,
         }

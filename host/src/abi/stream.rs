@@ -180,13 +180,17 @@ pub(super) struct Side {
     /// The exchange was replied to or reset: what arrives is dropped and the guest is left alone.
     pub(super) over: bool,
     pub(super) limit_bytes: usize,
+    /// Whether the guest still sees the buffer that went over the limit. Envoy answers a request
+    /// after the callback at hand, but resets a response before it.
+    shows_overflow: bool,
+    overflowed: bool,
     /// Body bytes that arrived.
     pub(super) received_bytes: u64,
 }
 
 impl Side {
-    pub(super) fn new(limit_bytes: usize) -> Self {
-        Self { limit_bytes, ..Self::default() }
+    pub(super) fn new(limit_bytes: usize, shows_overflow: bool) -> Self {
+        Self { limit_bytes, shows_overflow, ..Self::default() }
     }
 
     /// Body bytes that are held back now.
@@ -248,7 +252,10 @@ impl Side {
         if self.buffering {
             self.held.extend_from_slice(data);
             if self.over_limit(self.held.len()) {
-                return BodyCall::Settled(Settled::OverLimit);
+                if !self.shows_overflow {
+                    return BodyCall::Settled(Settled::OverLimit);
+                }
+                self.overflowed = true;
             }
             BodyCall::Call(self.held.len())
         } else {
@@ -259,6 +266,9 @@ impl Side {
     }
 
     pub(super) fn settle_body(&mut self, action: u32) -> Settled {
+        if self.overflowed {
+            return Settled::OverLimit;
+        }
         let chunk = std::mem::take(&mut self.chunk);
         self.buffering = false;
         match action {
@@ -472,8 +482,8 @@ pub(super) struct Stream {
 impl Stream {
     pub(super) fn new(request_limit_bytes: usize, response_limit_bytes: usize) -> Self {
         Self {
-            request: Side::new(request_limit_bytes),
-            response: Side::new(response_limit_bytes),
+            request: Side::new(request_limit_bytes, true),
+            response: Side::new(response_limit_bytes, false),
             properties: BTreeMap::new(),
             filter_state: BTreeMap::new(),
             filter_state_bytes: 0,

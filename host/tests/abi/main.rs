@@ -6,6 +6,7 @@ mod guest;
 
 mod bodies;
 mod calls;
+mod envoy;
 mod hostile;
 mod limits;
 mod replies;
