@@ -200,3 +200,47 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Breaches that a file with this name and text has.
+    fn breaches(name: &str, text: &str) -> Vec<String> {
+        let root = std::env::temp_dir().join(format!("driftlock-tidy-{}-{name}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        let workspace = Workspace { target: root.join("target"), root: root.clone() };
+        fs::write(root.join(name), text).unwrap();
+        let mut files = Vec::new();
+        list(&root, &mut files).unwrap();
+        let mut breaches = Vec::new();
+        for file in &files {
+            check_file(&workspace, file, &forbidden_words(&workspace), &mut breaches).unwrap();
+        }
+        fs::remove_dir_all(&root).unwrap();
+        breaches
+    }
+
+    #[test]
+    fn a_module_says_what_it_does_in_its_first_line() {
+        assert_eq!(breaches("said.rs", "//! Says it.\nfn f() {}\n"), Vec::<String>::new());
+        let found = breaches("unsaid.rs", "fn f() {}\n");
+        assert!(found.len() == 1 && found[0].starts_with("unsaid.rs:1:"), "{found:?}");
+    }
+
+    #[test]
+    fn forbidden_text_is_found_with_its_line() {
+        let unfinished = ["# fine\n# TO", "DO later\n"].concat();
+        let found = breaches("a.toml", &unfinished);
+        assert!(found.len() == 1 && found[0].starts_with("a.toml:2:"), "{found:?}");
+        let registry = ["see https://crates", ".io\n"].concat();
+        assert_eq!(breaches("b.md", &registry).len(), 1);
+        assert_eq!(breaches("c.bin", &registry).len(), 0, "binary files are not read");
+        let here = std::env::temp_dir().join(format!("driftlock-tidy-{}-d.md", std::process::id()));
+        assert_eq!(
+            breaches("d.md", &format!("in {}\n", here.display())).len(),
+            1,
+            "the workspace's own path"
+        );
+    }
+}
