@@ -882,13 +882,14 @@ async fn an_upstream_that_does_not_answer_is_a_504() {
     // A client that is still sending is not the upstream's fault.
     let mut client = running.client().await;
     client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n").await;
-    for byte in ["a", "b", "c"] {
-        tokio::time::sleep(Duration::from_millis(200)).await;
+    for byte in ["a", "b", "c", "d"] {
+        tokio::time::sleep(Duration::from_millis(450)).await;
+        assert!(client.rest.is_empty());
         client.send(byte).await;
     }
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    client.send("d").await;
+    let sent = Instant::now();
     assert_eq!(client.message().await.expect("a response").status(), 504);
+    assert!(sent.elapsed() >= Duration::from_millis(290), "{:?}", sent.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1442,8 +1443,10 @@ async fn exchanges_on_a_crashed_vm_are_refused_at_once_when_failing_closed() {
     client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 20\r\n\r\nabcdefghij").await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(running.client().await.exchange(post("/", "thirteen byte")).await.status(), 503);
-    // Without having sent the rest.
+    // Without having sent the rest, and without waiting for anyone's time-out.
+    let begun = Instant::now();
     let response = client.message().await.expect("a response");
+    assert!(begun.elapsed() < PATIENCE / 4, "{:?}", begun.elapsed());
     assert_eq!(response.status(), 503);
     assert!(response.text().contains("filter_failed"), "{}", response.text());
 }
