@@ -357,10 +357,12 @@ impl Exchange {
         host: &mut impl Host,
         end_of_stream: bool,
     ) -> Step {
-        if plugin.report.response_headers
-            && let Some(verdict) = &self.request_verdict
-        {
-            let value = structured_field(verdict);
+        if plugin.report.response_headers {
+            // Always written, so that no upstream can put a verdict of its own there.
+            let value = self
+                .request_verdict
+                .as_ref()
+                .map_or_else(|| "not_inspected;reason=\"response_came_first\"".to_owned(), structured_field);
             self.tell(host, |host| host.set_response_header(REQUEST_VERDICT_HEADER, &value));
         }
         // Our own answer, or nothing to judge.
