@@ -185,6 +185,7 @@ async fn every_cut_of_a_streamed_answer_gives_the_same_verdict() {
         let proxy = Proxy::start_with(&learning(), |options| options.trailers = true).await;
         let replayed = proxy.replay(vec![exchange.clone()], Some(delivery.clone())).await.remove(0);
         assert!(replayed.failure.is_none() && replayed.body_matches, "{delivery:?}: {replayed:?}");
+        assert_eq!(replayed.response_trailers, delivery.trailers, "{delivery:?}");
         let verdict = replayed.response_verdict_json;
         assert!(verdict.is_some(), "no verdict with {delivery:?}");
         verdicts.push(verdict);

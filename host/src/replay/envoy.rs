@@ -22,8 +22,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HOST;
-use http::{HeaderValue, Request, Uri};
+use http::header::{HOST, TE};
+use http::{HeaderMap, HeaderValue, Request, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -77,6 +77,8 @@ pub struct ReplayedExchange {
     pub body_matches: bool,
     /// The answer's headers as the client received them, names in lower case.
     pub response_headers: Vec<(String, String)>,
+    /// The answer's trailers, where it had any.
+    pub response_trailers: Vec<(String, String)>,
     /// Filter state `driftlock.request`: the request's verdict as the filter wrote it.
     pub request_verdict_json: Option<String>,
     /// Filter state `driftlock.response`.
@@ -188,6 +190,7 @@ fn unsent(id: String) -> ReplayedExchange {
         status: None,
         body_matches: false,
         response_headers: Vec::new(),
+        response_trailers: Vec::new(),
         request_verdict_json: None,
         response_verdict_json: None,
         outcome: None,
@@ -249,11 +252,7 @@ impl Driver<'_> {
         let request = client_request(self.gateway, number, request).map_err(|error| chain(&error))?;
         let answer = self.client.request(request).await.map_err(|error| chain(&error))?;
         outcome.status = Some(answer.status().as_u16());
-        outcome.response_headers = answer
-            .headers()
-            .iter()
-            .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
-            .collect();
+        outcome.response_headers = pairs(answer.headers());
         let mut body = answer.into_body();
         let mut rest = expected.body.as_slice();
         let mut same = true;
@@ -265,10 +264,18 @@ impl Driver<'_> {
                     None => same = false,
                 }
             }
+            if let Some(trailers) = frame.trailers_ref() {
+                outcome.response_trailers = pairs(trailers);
+            }
         }
         outcome.body_matches = same && rest.is_empty();
         Ok(())
     }
+}
+
+fn pairs(headers: &HeaderMap) -> Vec<(String, String)> {
+    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    headers.iter().map(|(name, value)| (name.to_string(), text(value))).collect()
 }
 
 fn client_request(
@@ -289,7 +296,8 @@ fn client_request(
     if header(&request.headers, "host").is_none() {
         builder = builder.header(HOST, "replay.invalid");
     }
-    builder.header(REPLAY_ID_HEADER, number).body(Full::from(request.body.clone()))
+    // A server may send trailers only to a client that says it takes them (RFC 9110 section 6.5.1).
+    builder.header(TE, "trailers").header(REPLAY_ID_HEADER, number).body(Full::from(request.body.clone()))
 }
 
 /// An error with its causes; hyper's own `Display` is only the first of them.

@@ -22,6 +22,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::TRAILER;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Limited};
@@ -46,7 +47,7 @@ pub struct Delivery {
     pub pause: Duration,
     /// The connection is closed after this many bytes of body.
     pub die_after_bytes: Option<usize>,
-    /// Trailers, sent only with `chunked`.
+    /// Trailers, sent only with `chunked` and to a request with `te: trailers`.
     pub trailers: Vec<(String, String)>,
 }
 
@@ -142,6 +143,10 @@ impl Upstream {
         for (name, value) in &response.headers {
             let name = HeaderName::from_bytes(name.as_bytes()).map_err(http::Error::from)?;
             headers.append(name, HeaderValue::from_bytes(value.as_bytes()).map_err(http::Error::from)?);
+        }
+        for (name, _) in &delivery.trailers {
+            // hyper sends only those that are announced.
+            headers.append(TRAILER, HeaderValue::from_str(name).map_err(http::Error::from)?);
         }
         let status = StatusCode::from_u16(response.status).map_err(http::Error::from)?;
         let body = Bytes::copy_from_slice(&response.body);
