@@ -198,10 +198,18 @@ impl Config {
     pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
         let document = if bytes.trim_ascii().is_empty() {
             Document::default()
+        } else if !bytes.trim_ascii().starts_with(b"{") {
+            // serde would read an array as the fields in order.
+            let reason = "invalid: a JSON object is expected".to_string();
+            return Err(ConfigError::Field { path: "the top".to_string(), reason });
         } else {
             let mut json = serde_json::Deserializer::from_slice(bytes);
             let document = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-                ConfigError::Field { path: error.path().to_string(), reason: error.inner().to_string() }
+                let path = match error.path().to_string() {
+                    root if root == "." => "the top".to_string(),
+                    path => path,
+                };
+                ConfigError::Field { path, reason: error.inner().to_string() }
             })?;
             json.end().map_err(|error| ConfigError::Field {
                 path: "the end".to_string(),
@@ -331,6 +339,7 @@ mod tests {
             (r#"{"limits": {"max_body_bytes": 5}}"#, ["limits.max_body_bytes", "1024"]),
             (r#"{"name": "a/b"}"#, ["name", "a/b"]),
             (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),
+            (r#"[]"#, ["at the top", "invalid"]),
             (r#"{} {}"#, ["the end", "trailing"]),
         ] {
             let message = message(json);
