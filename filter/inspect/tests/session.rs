@@ -1,0 +1,597 @@
+//! One exchange against a proxy in memory that refuses host calls on demand.
+//!
+//! What holds whatever the proxy does: no panic, an error is never `normal`, every message is counted once,
+//! a failed call is counted. Verdicts are read from the log lines as well as from filter state, so a test
+//! can see them where one of the two fails.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use driftlock_inspect::config::Config;
+use driftlock_inspect::host::{Direction, Host, HostError, Level, METRIC_NAMES, Metric};
+use driftlock_inspect::session::{Exchange, Plugin, REQUEST_VERDICT_HEADER, Step, filter_state};
+use serde_json::{Value, json};
+use std::sync::OnceLock;
+
+/// Which host calls fail.
+#[derive(Clone, Copy, Debug, Default)]
+struct Failing {
+    request_header: bool,
+    response_header: bool,
+    set_header: bool,
+    set_state: bool,
+    respond: bool,
+    request_body: bool,
+    response_body: bool,
+}
+
+impl Failing {
+    const KINDS: u8 = 7;
+
+    /// Each bit of `bits` is one kind of call.
+    fn of(bits: u8) -> Self {
+        let bit = |place: u8| bits >> place & 1 == 1;
+        Self {
+            request_header: bit(0),
+            response_header: bit(1),
+            set_header: bit(2),
+            set_state: bit(3),
+            respond: bit(4),
+            request_body: bit(5),
+            response_body: bit(6),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Scripted {
+    failing: Failing,
+    request: Vec<(&'static str, Vec<u8>)>,
+    response: Vec<(&'static str, Vec<u8>)>,
+    set_headers: Vec<(String, String)>,
+    state: BTreeMap<String, String>,
+    replies: Vec<(u16, String)>,
+    counted: BTreeMap<Metric, u64>,
+    lines: Vec<(Level, String)>,
+    failed_calls: u64,
+}
+
+/// The proxy's status for a call that it refuses.
+const REFUSED: HostError = HostError(10);
+
+impl Scripted {
+    fn new(request: &[(&'static str, &str)], response: &[(&'static str, &str)]) -> Self {
+        let owned = |pairs: &[(&'static str, &str)]| {
+            pairs.iter().map(|(name, value)| (*name, value.as_bytes().to_vec())).collect()
+        };
+        Self { request: owned(request), response: owned(response), ..Self::default() }
+    }
+
+    fn chat() -> Self {
+        let json = ("content-type", "application/json");
+        Self::new(
+            &[(":method", "POST"), (":path", "/v1/chat/completions"), json],
+            &[(":status", "200"), json],
+        )
+    }
+
+    fn count_of(&self, metric: Metric) -> u64 {
+        self.counted.get(&metric).copied().unwrap_or(0)
+    }
+
+    /// Counters of the messages by outcome; each message adds one.
+    fn messages(&self, direction: &str) -> u64 {
+        let prefix = format!("driftlock.messages.{direction}.");
+        self.counted.iter().filter(|(metric, _)| metric.name().starts_with(&prefix)).map(|(_, by)| by).sum()
+    }
+
+    fn verdict(&self, direction: &str) -> Option<Value> {
+        let prefix = format!("driftlock {direction} ");
+        let mut lines = self.lines.iter().filter_map(|(_, line)| line.strip_prefix(&prefix));
+        let verdict = lines.next().map(|json| serde_json::from_str(json).unwrap());
+        assert!(lines.next().is_none(), "one verdict a message");
+        verdict
+    }
+}
+
+impl Host for Scripted {
+    fn header(&self, direction: Direction, name: &str) -> Result<Option<Vec<u8>>, HostError> {
+        let (headers, failing) = match direction {
+            Direction::Request => (&self.request, self.failing.request_header),
+            Direction::Response => (&self.response, self.failing.response_header),
+        };
+        if failing {
+            return Err(REFUSED);
+        }
+        Ok(headers.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone()))
+    }
+
+    fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError> {
+        if self.failing.set_header {
+            self.failed_calls += 1;
+            return Err(REFUSED);
+        }
+        self.set_headers.push((name.to_owned(), value.to_owned()));
+        Ok(())
+    }
+
+    fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
+        if self.failing.set_state {
+            self.failed_calls += 1;
+            return Err(REFUSED);
+        }
+        self.state.insert(key.to_owned(), value.to_owned());
+        Ok(())
+    }
+
+    fn respond(&mut self, status: u16, body: &str) -> Result<(), HostError> {
+        if self.failing.respond {
+            self.failed_calls += 1;
+            return Err(REFUSED);
+        }
+        self.replies.push((status, body.to_owned()));
+        Ok(())
+    }
+
+    fn count(&mut self, metric: Metric, by: u64) {
+        assert!(by > 0, "a counter that adds nothing is an error to Envoy");
+        *self.counted.entry(metric).or_default() += by;
+    }
+
+    fn log(&mut self, level: Level, line: &str) {
+        self.lines.push((level, line.to_owned()));
+    }
+}
+
+fn question(i: u32) -> String {
+    let order = i.wrapping_mul(2_654_435_761) >> 20;
+    format!(r#"{{"model":"m","messages":[{{"role":"user","content":"Where is order {order} now?"}}]}}"#)
+}
+
+fn answer(i: u32) -> String {
+    let order = i.wrapping_mul(2_654_435_761) >> 20;
+    format!(
+        r#"{{"choices":[{{"index":0,"message":{{"role":"assistant","content":"Order {order} is on its way."}},"finish_reason":"stop"}}]}}"#
+    )
+}
+
+const LEARNED: u32 = 100;
+
+/// A configuration with baselines for chat and for bodiless requests, learned once a test program.
+fn configured(fields: Value) -> Plugin {
+    static SNAPSHOT: OnceLock<driftlock_engine::baseline::Snapshot> = OnceLock::new();
+    let snapshot = SNAPSHOT.get_or_init(|| {
+        let mut plugin = plugin(json!({}));
+        for i in 0..LEARNED {
+            let mut host = Scripted::chat();
+            pass(&mut plugin, &mut host, &question(i), &answer(i));
+            let mut host = Scripted::new(&[(":method", "GET"), (":path", &format!("/orders/{i}"))], &[]);
+            let mut exchange = Exchange::default();
+            exchange.request_headers(&mut plugin, &mut host, true);
+            exchange.done(&mut plugin, &mut host);
+        }
+        let snapshot = plugin.detector().snapshot();
+        assert_eq!(snapshot.streams().len(), 3);
+        snapshot
+    });
+    let mut config = parsed(fields);
+    config.snapshot = snapshot.clone();
+    Plugin::new(config)
+}
+
+fn parsed(fields: Value) -> Config {
+    let mut all = json!({"alpha": 0.05, "learn": {"messages": LEARNED}, "report": {"log": "always"}});
+    for (name, value) in fields.as_object().unwrap() {
+        all[name] = value.clone();
+    }
+    Config::parse(all.to_string().as_bytes()).unwrap()
+}
+
+/// The same without baselines.
+fn plugin(fields: Value) -> Plugin {
+    Plugin::new(parsed(fields))
+}
+
+/// Passes bodies in pieces of 50 bytes, as a proxy would; stops where the filter answers. `request` and
+/// `response` of an empty body have none.
+fn pass(plugin: &mut Plugin, host: &mut Scripted, request: &str, response: &str) -> Vec<Step> {
+    let mut exchange = Exchange::default();
+    let mut steps = vec![exchange.request_headers(plugin, host, request.is_empty())];
+    let pieces = |body: &str| -> Vec<Vec<u8>> { body.as_bytes().chunks(50).map(<[u8]>::to_vec).collect() };
+    let all = pieces(request);
+    for (i, piece) in all.iter().enumerate() {
+        let chunk = if host.failing.request_body && i == 0 { Err(REFUSED) } else { Ok(piece.as_slice()) };
+        steps.push(exchange.request_body(plugin, host, chunk, i + 1 == all.len()));
+    }
+    if steps.last() == Some(&Step::Answered) {
+        // The answer passes the filter on its way to the client.
+        steps.push(exchange.response_headers(plugin, host, false));
+        steps.push(exchange.response_body(plugin, host, Ok(b"{}"), true));
+    } else {
+        steps.push(exchange.response_headers(plugin, host, response.is_empty()));
+        let all = pieces(response);
+        for (i, piece) in all.iter().enumerate() {
+            if steps.last() == Some(&Step::Answered) {
+                break;
+            }
+            let chunk =
+                if host.failing.response_body && i == 0 { Err(REFUSED) } else { Ok(piece.as_slice()) };
+            steps.push(exchange.response_body(plugin, host, chunk, i + 1 == all.len()));
+        }
+    }
+    exchange.done(plugin, host);
+    exchange.done(plugin, host);
+    steps
+}
+
+#[test]
+fn a_normal_exchange_is_normal_both_ways() {
+    let mut host = Scripted::chat();
+    pass(&mut configured(json!({})), &mut host, &question(1234), &answer(1234));
+    for direction in ["request", "response"] {
+        assert_eq!(host.verdict(direction).unwrap()["outcome"], "normal");
+        assert_eq!(host.messages(direction), 1);
+    }
+    assert_eq!(host.state[filter_state::OUTCOME], "normal");
+    assert_eq!(host.count_of(Metric::HostCallErrors), 0);
+}
+
+/// Every combination of failing host calls, passing and refusing.
+#[test]
+fn whatever_the_proxy_refuses_no_error_is_normal_and_each_is_counted() {
+    for (bits, policy) in (0..1 << Failing::KINDS).flat_map(|bits| [(bits, "pass"), (bits, "refuse")]) {
+        let mut plugin = configured(json!({"uninspectable": policy}));
+        let failing = Failing::of(bits);
+        let mut host = Scripted { failing, ..Scripted::chat() };
+        let steps = pass(&mut plugin, &mut host, &question(77), &answer(77));
+        let what = format!("{failing:?} with {policy}: {host:?}");
+
+        let request_lost = failing.request_header || failing.request_body;
+        let request = host.verdict("request").expect(&what);
+        assert_eq!(request["outcome"] == "normal", !request_lost, "{what}");
+        assert_eq!(host.messages("request"), 1, "{what}");
+        let request_refused = request_lost && policy == "refuse";
+        let response_lost = failing.response_header || failing.response_body;
+        match host.verdict("response") {
+            None => assert!(request_refused, "{what}"),
+            Some(response) => {
+                assert!(!request_refused, "{what}");
+                // Without the path its schema is unknown, so it is of another stream, which learns.
+                let expected = match (response_lost, failing.request_header) {
+                    (true, _) => "not_inspected",
+                    (false, true) => "warming_up",
+                    (false, false) => "normal",
+                };
+                assert_eq!(response["outcome"], expected, "{what}");
+                assert_eq!(host.messages("response"), 1, "{what}");
+            }
+        }
+        let response_refused = !request_refused && response_lost && policy == "refuse";
+        assert_eq!(steps.contains(&Step::Answered), request_refused || response_refused, "{what}");
+        let expected_reply = match (request_refused, response_refused) {
+            (true, _) => Some(503),
+            (_, true) => Some(502),
+            _ => None,
+        };
+        let reply = host.replies.first().map(|(status, _)| *status);
+        assert_eq!(reply, expected_reply.filter(|_| !failing.respond), "{what}");
+
+        // A message that was lost counts once, whatever number of its reads failed.
+        let lost_messages = u64::from(request_lost) + u64::from(response_lost && !request_refused);
+        assert_eq!(host.count_of(Metric::HostCallErrors), host.failed_calls + lost_messages, "{what}");
+        assert_eq!(host.count_of(Metric::Refused), u64::from(expected_reply.is_some()), "{what}");
+        if failing.set_state {
+            assert!(host.state.is_empty());
+        } else {
+            let worst = if lost_messages > 0 { "not_inspected" } else { "normal" };
+            assert_eq!(host.state[filter_state::OUTCOME], worst, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_body_read_that_fails_in_the_middle_is_a_gap_not_a_shorter_body() {
+    for last in [false, true] {
+        let (mut plugin, mut host) = (configured(json!({})), Scripted::chat());
+        let mut exchange = Exchange::default();
+        let body = question(5);
+        exchange.request_headers(&mut plugin, &mut host, false);
+        exchange.request_body(&mut plugin, &mut host, Ok(body.as_bytes()), false);
+        // Blanks after a whole document: had they been read, the message would be normal.
+        exchange.request_body(&mut plugin, &mut host, Err(REFUSED), last);
+        exchange.done(&mut plugin, &mut host);
+        let verdict = host.verdict("request").unwrap();
+        assert_eq!(
+            (&verdict["outcome"], &verdict["reason"]),
+            (&json!("not_inspected"), &json!("host_call:10"))
+        );
+    }
+}
+
+#[test]
+fn passing_never_holds_and_refusing_holds_a_request_to_its_end() {
+    let long = question(1);
+    let pieces = long.len().div_ceil(50);
+    let mut host = Scripted::chat();
+    let steps = pass(&mut configured(json!({})), &mut host, &long, &answer(1));
+    assert!(steps.iter().all(|step| *step == Step::Forward), "{steps:?}");
+
+    let mut host = Scripted::chat();
+    let steps = pass(&mut configured(json!({"uninspectable": "refuse"})), &mut host, &long, &answer(1));
+    assert_eq!(steps[0], Step::Forward, "headers are never held");
+    assert!(steps[1..pieces].iter().all(|step| *step == Step::Hold), "{steps:?}");
+    assert!(steps[pieces..].iter().all(|step| *step == Step::Forward), "{steps:?}");
+    assert!(host.replies.is_empty());
+}
+
+#[test]
+fn a_refused_request_is_answered_once_with_the_status_that_fits() {
+    let long = question(1).replace("Where is", &"Where is ".repeat(200));
+    let cases: [(&str, Option<(&'static str, &str)>, &str, u16); 6] = [
+        (&long, None, "size", 413),
+        (&question(1)[..40], None, "json_truncated", 400),
+        ("\u{1}{", None, "json_malformed", 400),
+        (&question(1), Some(("content-encoding", "gzip")), "encoding:gzip", 415),
+        (&question(1), Some(("content-encoding", "GZIP\", x;\r\ny")), "encoding:gzip,xy", 415),
+        ("\u{1}", Some(("content-type", "image/png")), "content_type_binary", 415),
+    ];
+    for (body, header, reason, status) in cases {
+        for policy in ["pass", "refuse"] {
+            let mut plugin = configured(json!({"uninspectable": policy, "limits": {"max_body_bytes": 1024}}));
+            let mut host = Scripted::chat();
+            if let Some((name, value)) = header {
+                host.request.retain(|(known, _)| *known != name);
+                host.request.push((name, value.as_bytes().to_vec()));
+                if name == "content-type" {
+                    host.request[1].1 = b"/upload".to_vec();
+                }
+            }
+            let steps = pass(&mut plugin, &mut host, body, &answer(1));
+            let verdict = host.verdict("request").unwrap();
+            assert_ne!(verdict["outcome"], "normal", "{reason}");
+            assert_eq!(verdict["reason"], reason);
+            if policy == "pass" {
+                assert!(
+                    host.replies.is_empty() && steps.iter().all(|step| *step == Step::Forward),
+                    "{reason}"
+                );
+                continue;
+            }
+            assert_eq!(host.replies.len(), 1, "{reason}");
+            let (given, body) = &host.replies[0];
+            assert_eq!(*given, status, "{reason}");
+            let body: Value = serde_json::from_str(body).unwrap();
+            assert_eq!(body["error"]["code"], reason);
+            assert!(body["error"]["message"].as_str().unwrap().contains("request could not be inspected"));
+            // From the answer on, the request's bytes go nowhere; then the answer itself passes.
+            let answered = steps.iter().position(|step| *step == Step::Answered).unwrap();
+            let (answer, rest) = steps[answered..].split_at(steps.len() - answered - 2);
+            assert!(answer.iter().all(|step| *step == Step::Answered), "{reason}: {steps:?}");
+            assert_eq!(rest, [Step::Forward, Step::Forward], "{reason}: {steps:?}");
+            assert!(host.verdict("response").is_none(), "our own answer is not judged");
+            assert_eq!(host.set_headers.len(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_refused_response_is_answered_at_its_headers_or_at_its_end() {
+    let whole = answer(1);
+    for (encoding, body, at_headers) in [(Some("br"), whole.as_str(), true), (None, &whole[..60], false)] {
+        let mut host = Scripted::chat();
+        if let Some(encoding) = encoding {
+            host.response.push(("content-encoding", encoding.as_bytes().to_vec()));
+        }
+        let mut plugin = configured(json!({"uninspectable": "refuse"}));
+        let steps = pass(&mut plugin, &mut host, &question(1), body);
+        let request_steps = 1 + question(1).len().div_ceil(50);
+        let response = &steps[request_steps..];
+        assert_eq!(response.last(), Some(&Step::Answered));
+        assert_eq!(response.len() == 1, at_headers, "{response:?}");
+        assert_eq!((host.replies.len(), host.replies[0].0), (1, 502));
+        assert_eq!(host.count_of(Metric::Refused), 1);
+    }
+}
+
+#[test]
+fn a_message_without_a_body_is_judged_by_its_target_alone() {
+    let mut plugin = configured(json!({"uninspectable": "refuse"}));
+    for method in ["GET", "HEAD"] {
+        let mut host = Scripted::new(
+            &[(":method", method), (":path", "/orders/7")],
+            &[(":status", "200"), ("content-encoding", "gzip"), ("content-type", "image/png")],
+        );
+        // A HEAD's response has headers of a body that never comes.
+        let steps = pass(&mut plugin, &mut host, "", "");
+        assert_eq!(steps, [Step::Forward, Step::Forward]);
+        let verdict = host.verdict("request").unwrap();
+        assert_eq!(verdict["stream"], "default/request/bodiless");
+        assert_eq!(verdict["outcome"], if method == "GET" { "normal" } else { "anomalous" });
+        assert_eq!((host.messages("request"), host.messages("response")), (1, 0));
+        assert!(host.verdict("response").is_none() && !host.state.contains_key(filter_state::RESPONSE));
+    }
+}
+
+#[test]
+fn trailers_end_a_message_and_done_adds_nothing() {
+    for policy in ["pass", "refuse"] {
+        let (mut plugin, mut host) = (configured(json!({"uninspectable": policy})), Scripted::chat());
+        let mut exchange = Exchange::default();
+        exchange.request_headers(&mut plugin, &mut host, false);
+        exchange.request_body(&mut plugin, &mut host, Ok(question(3).as_bytes()), false);
+        assert!(host.verdict("request").is_none(), "the end is not known yet");
+        assert_eq!(exchange.request_trailers(&mut plugin, &mut host), Step::Forward);
+        assert_eq!(host.verdict("request").unwrap()["outcome"], "normal");
+        exchange.response_headers(&mut plugin, &mut host, false);
+        exchange.response_body(&mut plugin, &mut host, Ok(answer(3).as_bytes()), false);
+        assert_eq!(exchange.response_trailers(&mut plugin, &mut host), Step::Forward);
+        assert_eq!(host.verdict("response").unwrap()["outcome"], "normal");
+        let counted = host.counted.clone();
+        exchange.done(&mut plugin, &mut host);
+        exchange.done(&mut plugin, &mut host);
+        assert_eq!(host.counted, counted);
+    }
+    // What the trailers end can be refused too.
+    let (mut plugin, mut host) = (configured(json!({"uninspectable": "refuse"})), Scripted::chat());
+    let mut exchange = Exchange::default();
+    exchange.request_headers(&mut plugin, &mut host, false);
+    let held = exchange.request_body(&mut plugin, &mut host, Ok(b"{\"messages\": ["), false);
+    assert_eq!(held, Step::Hold);
+    assert_eq!(exchange.request_trailers(&mut plugin, &mut host), Step::Answered);
+    assert_eq!(exchange.request_trailers(&mut plugin, &mut host), Step::Answered);
+    assert_eq!(host.replies.len(), 1);
+}
+
+#[test]
+fn what_is_open_when_the_exchange_ends_was_cut_short() {
+    for policy in ["pass", "refuse"] {
+        let (mut plugin, mut host) = (configured(json!({"uninspectable": policy})), Scripted::chat());
+        let mut exchange = Exchange::default();
+        exchange.request_headers(&mut plugin, &mut host, false);
+        exchange.request_body(&mut plugin, &mut host, Ok(question(3).as_bytes()), true);
+        exchange.response_headers(&mut plugin, &mut host, false);
+        // Even where the document happens to be whole: the message was not.
+        exchange.response_body(&mut plugin, &mut host, Ok(answer(3).as_bytes()), false);
+        exchange.done(&mut plugin, &mut host);
+        exchange.done(&mut plugin, &mut host);
+        let verdict = host.verdict("response").unwrap();
+        assert_eq!((&verdict["outcome"], &verdict["reason"]), (&json!("not_inspected"), &json!("cut_short")));
+        assert_eq!(host.count_of(Metric::NotInspectedCutShort), 1);
+        assert_eq!(host.messages("response"), 1);
+        assert!(host.replies.is_empty(), "nobody is left to answer");
+        assert_eq!(host.state[filter_state::OUTCOME], "not_inspected");
+    }
+}
+
+#[test]
+fn the_response_header_is_written_once_and_says_the_requests_verdict() {
+    let (mut plugin, mut host) = (configured(json!({})), Scripted::chat());
+    pass(&mut plugin, &mut host, &question(9), &answer(9));
+    let [(name, value)] = host.set_headers.as_slice() else { panic!("{:?}", host.set_headers) };
+    assert_eq!(name, REQUEST_VERDICT_HEADER);
+    let verdict = host.verdict("request").unwrap();
+    let [rank, of] = [0, 1].map(|i| verdict["p_fraction"][i].as_u64().unwrap());
+    let baseline = &verdict["baseline"].as_str().unwrap()[..16];
+    assert_eq!(
+        *value,
+        format!(
+            "normal;p=\"{rank}/{of}\";unit={};stream=\"default/request/openai.chat\";baseline=sha256:{baseline}",
+            verdict["unit"].as_str().unwrap()
+        )
+    );
+    assert_eq!(host.state[filter_state::REQUEST], verdict_line(&host, "request"));
+
+    let mut host = Scripted::chat();
+    let quiet = json!({"report": {"response_headers": false, "filter_state": false, "log": "always"}});
+    pass(&mut configured(quiet), &mut host, &question(9), &answer(9));
+    assert!(host.set_headers.is_empty() && host.state.is_empty());
+    assert_eq!(host.lines.len(), 2);
+}
+
+/// The verdict's JSON as it was logged.
+fn verdict_line(host: &Scripted, direction: &str) -> String {
+    let prefix = format!("driftlock {direction} ");
+    host.lines.iter().find_map(|(_, line)| line.strip_prefix(&prefix)).unwrap().to_owned()
+}
+
+#[test]
+fn an_upstream_that_answers_early_leaves_the_request_judged_at_its_end() {
+    let (mut plugin, mut host) = (configured(json!({})), Scripted::chat());
+    let mut exchange = Exchange::default();
+    let body = question(2);
+    let (first, rest) = body.as_bytes().split_at(20);
+    exchange.request_headers(&mut plugin, &mut host, false);
+    exchange.request_body(&mut plugin, &mut host, Ok(first), false);
+    exchange.response_headers(&mut plugin, &mut host, false);
+    exchange.response_body(&mut plugin, &mut host, Ok(answer(2).as_bytes()), true);
+    exchange.request_body(&mut plugin, &mut host, Ok(rest), true);
+    exchange.done(&mut plugin, &mut host);
+    // No verdict to tell yet; an upstream's own header of this name is overwritten all the same.
+    let told = "not_inspected;reason=\"response_came_first\"".to_owned();
+    assert_eq!(host.set_headers, [(REQUEST_VERDICT_HEADER.to_owned(), told)]);
+    assert_eq!(host.verdict("request").unwrap()["outcome"], "normal");
+    assert_eq!(host.verdict("response").unwrap()["outcome"], "normal");
+}
+
+const ODD: &str =
+    r#"{"model":"m","messages":[{"role":"user","content":"x'); DROP TABLE orders; -- \u00ff{}"}]}"#;
+
+#[test]
+fn each_outcome_has_its_counter_and_bytes_are_counted() {
+    let cases = [
+        (configured(json!({})), question(1), Metric::RequestNormal),
+        (plugin(json!({})), question(1), Metric::RequestWarmingUp),
+        (configured(json!({})), question(1)[..50].to_owned(), Metric::RequestNotInspected),
+        (configured(json!({})), ODD.to_owned(), Metric::RequestAnomalous),
+    ];
+    for (mut plugin, body, metric) in cases {
+        let mut host = Scripted::chat();
+        pass(&mut plugin, &mut host, &body, &answer(1));
+        assert_eq!((host.count_of(metric), host.messages("request")), (1, 1), "{metric:?}: {host:?}");
+        let bytes: u64 = ["request", "response"]
+            .map(|d| host.verdict(d).unwrap()["metrics"]["bytes"].as_u64().unwrap())
+            .iter()
+            .sum();
+        assert!(bytes > 0);
+        assert_eq!(host.count_of(Metric::BytesInspected), bytes);
+    }
+    let media = r#"{"model":"m","messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:image/png;base64,AAAA"}}]}]}"#;
+    let mut host = Scripted::chat();
+    pass(&mut configured(json!({})), &mut host, &media.replace("AAAA", &"AAAA".repeat(100)), &answer(1));
+    assert!(host.count_of(Metric::BytesSkipped) > 0, "{host:?}");
+
+    let mut config = parsed(json!({}));
+    config.settings.learning = None;
+    let mut closed = Plugin::new(config);
+    let mut host = Scripted::chat();
+    pass(&mut closed, &mut host, &question(1), &answer(1));
+    assert_eq!(host.count_of(Metric::NotInspectedNoBaseline), 2);
+    assert_eq!(host.verdict("request").unwrap()["reason"], "no_baseline");
+}
+
+#[test]
+fn the_log_policy_decides_which_verdicts_are_lines_and_anomalies_are_warnings() {
+    let mut seen = String::new();
+    for policy in ["never", "flagged", "always"] {
+        for (what, body) in
+            [("normal", question(1)), ("cut", question(1)[..50].to_owned()), ("odd", ODD.to_owned())]
+        {
+            let mut host = Scripted::chat();
+            pass(&mut configured(json!({"report": {"log": policy}})), &mut host, &body, "");
+            let levels: Vec<Level> = host.lines.iter().map(|(level, _)| *level).collect();
+            writeln!(seen, "{policy} {what} {levels:?}").unwrap();
+            assert!(
+                host.state.contains_key(filter_state::REQUEST),
+                "filter state does not depend on the log"
+            );
+        }
+    }
+    assert_eq!(
+        seen,
+        "never normal []\nnever cut []\nnever odd []\n\
+         flagged normal []\nflagged cut [Info]\nflagged odd [Warn]\n\
+         always normal [Info]\nalways cut [Info]\nalways odd [Warn]\n"
+    );
+}
+
+#[test]
+fn callbacks_that_come_in_no_order_are_harmless() {
+    let (mut plugin, mut host) = (configured(json!({"uninspectable": "refuse"})), Scripted::chat());
+    let mut exchange = Exchange::default();
+    exchange.done(&mut plugin, &mut host);
+    assert_eq!(exchange.response_body(&mut plugin, &mut host, Ok(b"x"), true), Step::Forward);
+    assert_eq!(exchange.request_body(&mut plugin, &mut host, Ok(b"x"), true), Step::Forward);
+    assert_eq!(exchange.request_trailers(&mut plugin, &mut host), Step::Forward);
+    assert_eq!(exchange.response_trailers(&mut plugin, &mut host), Step::Forward);
+    exchange.done(&mut plugin, &mut host);
+    assert!(host.counted.is_empty() && host.lines.is_empty() && host.state.is_empty());
+}
+
+#[test]
+fn every_metric_has_a_name_of_its_own() {
+    let names: std::collections::BTreeSet<_> = METRIC_NAMES.iter().collect();
+    assert_eq!(names.len(), METRIC_NAMES.len());
+    assert_eq!(Metric::HostCallErrors as usize, METRIC_NAMES.len() - 1);
+    assert_eq!(Metric::HostCallErrors.name(), "driftlock.errors.host_call");
+    assert_eq!(Metric::NotInspectedCutShort.name(), "driftlock.not_inspected.cut_short");
+}
