@@ -775,6 +775,10 @@ impl Plugin {
         }
         let step = match side.begin_body(chunk, end_of_stream) {
             BodyCall::Call(size) => {
+                if side.overflowed {
+                    // Envoy's reply stands before the callback that shows what was too much.
+                    self.stream_mut(id)?.reply_status = Some(PAYLOAD_TOO_LARGE);
+                }
                 let action = self.call_body(id.0, direction, count(size), end_of_stream)?;
                 self.settle(id, direction, |side| side.settle_body(action))
             }
@@ -1051,6 +1055,9 @@ fn count(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
+/// HTTP status of a request over the buffer limit.
+const PAYLOAD_TOO_LARGE: u32 = 413;
+
 /// Ends the exchange with a local reply, as far as a response has not begun.
 fn end_with_reply(stream: &mut Stream, mut reply: LocalReply) -> Step {
     if stream.response.headers.is_some() {
@@ -1061,6 +1068,7 @@ fn end_with_reply(stream: &mut Stream, mut reply: LocalReply) -> Step {
         stream.response.end_early();
     }
     stream.request.end_early();
+    stream.reply_status = Some(reply.status);
     Step::Reply(reply)
 }
 
@@ -1072,7 +1080,9 @@ fn end_with_reset(stream: &mut Stream) -> Step {
 
 fn end_over_limit(stream: &mut Stream, direction: Direction) -> Step {
     let reply = match direction {
-        Direction::Request => LocalReply::of_limit(413, "request_payload_too_large", "Payload Too Large"),
+        Direction::Request => {
+            LocalReply::of_limit(PAYLOAD_TOO_LARGE, "request_payload_too_large", "Payload Too Large")
+        }
         Direction::Response => {
             LocalReply::of_limit(500, "response_payload_too_large", "Internal Server Error")
         }

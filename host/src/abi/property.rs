@@ -139,8 +139,11 @@ fn response(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
         (b"trailers", Some(header)) => trailers?.joined(header),
         (_, Some(_)) => None,
         (b"code", None) => {
-            let status = stream.response.headers.as_ref()?.first(b":status")?;
-            std::str::from_utf8(status).ok()?.parse().ok().map(int)
+            let status = stream.response.headers.as_ref().and_then(|headers| headers.first(b":status"));
+            match status {
+                Some(status) => std::str::from_utf8(status).ok()?.parse().ok().map(int),
+                None => stream.reply_status.map(|status| int(status as usize)),
+            }
         }
         (b"headers_bytes", None) => Some(int(headers.map_or(0, HeaderMap::byte_size))),
         _ => None,

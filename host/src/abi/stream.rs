@@ -183,7 +183,7 @@ pub(super) struct Side {
     /// Whether the guest still sees the buffer that went over the limit. Envoy answers a request
     /// after the callback at hand, but resets a response before it.
     shows_overflow: bool,
-    overflowed: bool,
+    pub(super) overflowed: bool,
     /// Body bytes that arrived.
     pub(super) received_bytes: u64,
 }
@@ -475,6 +475,8 @@ pub(super) struct Stream {
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) filter_state: BTreeMap<String, Vec<u8>>,
     pub(super) filter_state_bytes: usize,
+    /// The status of a local reply, known before its headers are.
+    pub(super) reply_status: Option<u32>,
     /// The access-log callback is running: the maps are readable once more.
     pub(super) log_phase: bool,
 }
@@ -487,6 +489,7 @@ impl Stream {
             properties: BTreeMap::new(),
             filter_state: BTreeMap::new(),
             filter_state_bytes: 0,
+            reply_status: None,
             log_phase: false,
         }
     }
