@@ -1,0 +1,274 @@
+//! The streaming scanner: text in, in pieces; text and tokens out, in order.
+//!
+//! What: the automaton finds the words that may start a token, the matchers decide, and what is not yet
+//! decided at the end of a piece (at most [`WINDOW`] bytes) is kept until more comes. Every split of the
+//! text gives the same tokens, since a decision needs the whole window or the end of the text. A token
+//! without bound is counted, not kept.
+//!
+//! Cost: see [`super::automaton`]; at a seam between pieces up to three windows are copied once.
+
+use alloc::vec::Vec;
+
+use super::automaton::{HEX, Stop, WORD, is, next_stop, run};
+use super::class::{Class, ClassSet};
+use super::token::{self, Left, Tail, WINDOW};
+
+/// What the scanner found next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// Text that is no token. It may come in any number of pieces.
+    Text {
+        /// The bytes.
+        text: &'a [u8],
+        /// Where they stand in the text.
+        offset: u64,
+        /// Where they stand in the message body.
+        body_start: u64,
+    },
+    /// A token.
+    Token {
+        /// What it is.
+        class: Class,
+        /// Where it starts in the text.
+        offset: u64,
+        /// Its length in the text, bytes.
+        len: u64,
+        /// Where its first byte came from in the message body.
+        body_start: u64,
+        /// One past where its last byte came from in the message body.
+        body_end: u64,
+    },
+}
+
+/// From here on in the text, positions in the body advance one for one.
+#[derive(Clone, Copy, Debug)]
+struct Origin {
+    offset: u64,
+    body: u64,
+}
+
+/// A token whose end has not come.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    class: Class,
+    offset: u64,
+    len: u64,
+    body_start: u64,
+    body_end: u64,
+    tail: Tail,
+}
+
+/// Finds the tokens of one text.
+#[derive(Clone, Debug)]
+pub struct Scanner {
+    classes: ClassSet,
+    /// Bytes that have come and are not decided.
+    kept: Vec<u8>,
+    /// Offset of the first undecided byte.
+    offset: u64,
+    /// Bytes that have come.
+    received: u64,
+    /// By rising offset; the first covers the byte at `offset`.
+    origins: Vec<Origin>,
+    left: Left,
+    /// The first undecided byte goes on a word that starts no token.
+    in_word: bool,
+    open: Option<Open>,
+}
+
+impl Scanner {
+    /// Looks for tokens of these classes.
+    pub fn new(classes: ClassSet) -> Self {
+        Self {
+            classes,
+            kept: Vec::new(),
+            offset: 0,
+            received: 0,
+            origins: Vec::new(),
+            left: Left::NONE,
+            in_word: false,
+            open: None,
+        }
+    }
+
+    /// Takes the text's next bytes, which stand at `body_offset` in the message body.
+    pub fn push(&mut self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
+        if text.is_empty() {
+            return;
+        }
+        self.note_origin(body_offset);
+        self.received += text.len() as u64;
+        let mut rest = text;
+        // What was kept and enough of the new bytes to decide all of it.
+        while !self.kept.is_empty() && !rest.is_empty() {
+            let mut joined = core::mem::take(&mut self.kept);
+            let old = joined.len();
+            let (more, behind) = rest.split_at(rest.len().min(2 * WINDOW));
+            joined.extend_from_slice(more);
+            let decided = self.scan(&joined, false, found);
+            if decided >= old {
+                joined.clear();
+                rest = rest.get(decided - old..).unwrap_or_default();
+            } else {
+                joined.drain(..decided);
+                rest = behind;
+            }
+            self.kept = joined;
+        }
+        if !rest.is_empty() {
+            let decided = self.scan(rest, false, found);
+            self.kept.extend_from_slice(rest.get(decided..).unwrap_or_default());
+        }
+    }
+
+    /// Says what was still undecided: the text has ended.
+    pub fn finish(mut self, found: &mut impl FnMut(Found<'_>)) {
+        let kept = core::mem::take(&mut self.kept);
+        self.scan(&kept, true, found);
+    }
+
+    fn note_origin(&mut self, body: u64) {
+        let expected = self.origins.last().map(|last| last.body + (self.received - last.offset));
+        if expected == Some(body) {
+            return;
+        }
+        if self.offset == self.received {
+            // Nothing is undecided, so no earlier origin is needed.
+            self.origins.clear();
+        }
+        self.origins.push(Origin { offset: self.received, body });
+    }
+
+    /// Where the byte at `offset` came from.
+    fn body(&self, offset: u64) -> u64 {
+        let origin = self.origins.iter().rev().find(|origin| origin.offset <= offset);
+        origin.map_or(offset, |origin| origin.body + (offset - origin.offset))
+    }
+
+    /// Decides as much of `text`, the undecided bytes, as can be; returns how much that is.
+    fn scan(&mut self, text: &[u8], at_end: bool, found: &mut impl FnMut(Found<'_>)) -> usize {
+        let before = self.left;
+        let mut told = 0;
+        let mut at = 0;
+        // What stands behind an escape or a token stands behind no letter, though either may end with one:
+        // so a redacted text, which has a bracket there, holds no token that its source did not.
+        let mut boundary = None;
+        let left_at = |boundary: Option<usize>, at: usize| {
+            if boundary == Some(at) { Left::NONE } else { left_of(before, text, at) }
+        };
+        let decided = loop {
+            if let Some(mut open) = self.open.take() {
+                let (taken, ended) = open.tail.consume(text.get(at..).unwrap_or_default(), at_end);
+                at += taken;
+                told = at;
+                open.len += taken as u64;
+                if taken > 0 {
+                    open.body_end = self.body(self.offset + at as u64 - 1) + 1;
+                }
+                if !ended && !at_end {
+                    self.open = Some(open);
+                    break at;
+                }
+                let Open { class, offset, len, body_start, body_end, .. } = open;
+                found(Found::Token { class, offset, len, body_start, body_end });
+                boundary = Some(at);
+                // Only a run longer than the horizon ends inside a word.
+                self.in_word = at.checked_sub(1).and_then(|last| text.get(last)).is_some_and(|&b| is(b, WORD))
+                    || at == 0 && is(before.last, WORD);
+            }
+            if self.in_word {
+                at = run(text, at, WORD);
+                if at == text.len() {
+                    break at;
+                }
+                self.in_word = false;
+            }
+            let start = match next_stop(text, at) {
+                Stop::End => break text.len(),
+                Stop::Pending(start) if at_end || text.len() - start >= WINDOW => {
+                    // So many letters, or such an end: no token starts like that.
+                    let word_end = run(text, start, WORD);
+                    self.in_word = word_end == text.len();
+                    break if at_end { text.len() } else { word_end };
+                }
+                Stop::Pending(start) => break start,
+                Stop::Escape(start) => match escape(text.get(start..).unwrap_or_default()) {
+                    None if !at_end => break start,
+                    len => {
+                        at = (start + len.unwrap_or(1)).min(text.len());
+                        boundary = Some(at);
+                        continue;
+                    }
+                },
+                Stop::Word(start) => start,
+            };
+            let window = text.get(start..).unwrap_or_default();
+            if window.len() < WINDOW && !at_end {
+                break start;
+            }
+            let window = window.get(..WINDOW).unwrap_or(window);
+            let left = left_at(boundary, start);
+            if let Some(found_here) = token::at(self.classes, left, window) {
+                let from = start + found_here.lead;
+                at = from + found_here.len;
+                self.tell(text, told, from, found);
+                let offset = self.offset + from as u64;
+                self.open = Some(Open {
+                    class: found_here.class,
+                    offset,
+                    len: found_here.len as u64,
+                    body_start: self.body(offset),
+                    body_end: self.body(self.offset + at as u64 - 1) + 1,
+                    tail: found_here.tail,
+                });
+                told = at;
+            } else {
+                at = run(text, start, WORD).max(start + 1);
+                self.in_word = at == text.len() && is(text.last().copied().unwrap_or(0), WORD);
+            }
+        };
+        self.tell(text, told, decided, found);
+        self.left = left_at(boundary, decided);
+        self.offset += decided as u64;
+        let covering = self.origins.iter().rposition(|origin| origin.offset <= self.offset);
+        self.origins.drain(..covering.unwrap_or(0));
+        decided
+    }
+
+    /// Emits `text[from..to]`, split where its origin jumps.
+    fn tell(&self, text: &[u8], from: usize, to: usize, found: &mut impl FnMut(Found<'_>)) {
+        let (mut from, to) = (self.offset + from as u64, self.offset + to as u64);
+        while from < to {
+            let next = self.origins.iter().map(|origin| origin.offset).find(|&offset| offset > from);
+            let until = next.unwrap_or(to).min(to);
+            let piece = text.get((from - self.offset) as usize..(until - self.offset) as usize);
+            found(Found::Text { text: piece.unwrap_or_default(), offset: from, body_start: self.body(from) });
+            from = until;
+        }
+    }
+}
+
+/// The two bytes before `text[at]`, `before` being those before `text`.
+fn left_of(before: Left, text: &[u8], at: usize) -> Left {
+    let byte = |back: usize| at.checked_sub(back).and_then(|at| text.get(at)).copied();
+    match (byte(1), byte(2)) {
+        (None, _) => before,
+        (Some(last), None) => Left { last, before_last: before.last },
+        (Some(last), Some(before_last)) => Left { last, before_last },
+    }
+}
+
+/// Length of the escape at the front of `text`: `\n`, `\u0026`, `%3D`; 1 if it is none, nothing if more
+/// of the text has to be seen. Text inside a tool call's arguments or a query is escaped once more.
+fn escape(text: &[u8]) -> Option<usize> {
+    let hex = |from: usize, count: usize| {
+        text.get(from..from + count).map(|digits| digits.iter().all(|&b| is(b, HEX)))
+    };
+    Some(match text {
+        [b'%', ..] => if hex(1, 2)? { 3 } else { 1 },
+        [_, b'u', ..] => if hex(2, 4)? { 6 } else { 1 },
+        [_, b'b' | b'f' | b'n' | b'r' | b't' | b'"' | b'/' | b'\\', ..] => 2,
+        [_, _, ..] => 1,
+        _ => return None,
+    })
+}
