@@ -27,6 +27,7 @@ pub mod calibrate;
 pub mod coder;
 pub mod detector;
 pub mod evidence;
+pub mod normalise;
 pub mod score;
 
 /// The version every verdict carries; a change that can change a verdict raises it.
