@@ -86,7 +86,15 @@ mod oracle {
         let sum: u32 = digits
             .iter()
             .enumerate()
-            .map(|(i, &d)| if i % 2 == 0 { d } else if d > 4 { 2 * d - 9 } else { 2 * d })
+            .map(|(i, &d)| {
+                if i % 2 == 0 {
+                    d
+                } else if d > 4 {
+                    2 * d - 9
+                } else {
+                    2 * d
+                }
+            })
             .sum();
         (13..=19).contains(&digits.len()) && sum % 10 == 0
     }
@@ -165,38 +173,89 @@ mod oracle {
         let colon = "(?::|%3[Aa])";
         let run = |rule: Rule| Rule { run: true, ..rule };
         vec![
-            run(led(PrivateKey, "", r"BEGIN (?:[A-Z0-9 ]{0,32}PRIVATE KEY|[A-Z0-9 ]{0,26}PRIVATE KEY BLOCK)-----(?:-{0,4}[A-Za-z0-9+/ \t\r\n\\=:,])*(?:-{0,4}|-{5}[A-Z0-9 ]*|-{5}[A-Z0-9 ]*-+)", |_, before| before == Some('-'))),
-            led(Password, "[A-Za-z0-9]{1,16}://", r#"[^\x00- \x7f"'`<>/?#\\:\[\]]*:[^\x00- \x7f"'`<>/?#\\\[\]]+"#, |t, _| t.len() <= 160),
+            run(led(
+                PrivateKey,
+                "",
+                r"BEGIN (?:[A-Z0-9 ]{0,32}PRIVATE KEY|[A-Z0-9 ]{0,26}PRIVATE KEY BLOCK)-----(?:-{0,4}[A-Za-z0-9+/ \t\r\n\\=:,])*(?:-{0,4}|-{5}[A-Z0-9 ]*|-{5}[A-Z0-9 ]*-+)",
+                |_, before| before == Some('-'),
+            )),
+            led(
+                Password,
+                "[A-Za-z][A-Za-z0-9]{0,15}://",
+                r#"[^\x00- \x7f"'`<>/?#\\:\[\]]*:[^\x00- \x7f"'`<>/?#\\\[\]]+"#,
+                |t, _| t.len() <= 160,
+            ),
             run(led(Password, "(?i:basic) ", "[A-Za-z0-9+/_-]{8,}={0,2}", |t, _| basic(t))),
             run(led(Bearer, "(?i:bearer) ", "[A-Za-z0-9._~+/-]{16,}={0,2}", |t, _| has_digit(t))),
             rule(ApiKey, "(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}", any),
-            run(rule(ApiKey, &format!("AIza{url}{{35,}}|xox[bparse]-{url}{{10,}}|github_pat_{url}{{22,}}|gh[pousr]_{word}{{30,}}|[sr]k_(?:live|test)_{word}{{16,}}|SG\\.{url}{{16,}}|hf_{word}{{30,}}"), any)),
+            run(rule(
+                ApiKey,
+                &format!(
+                    "AIza{url}{{35,}}|xox[bparse]-{url}{{10,}}|github_pat_{url}{{22,}}|gh[pousr]_{word}{{30,}}|[sr]k_(?:live|test)_{word}{{16,}}|SG\\.{url}{{16,}}|hf_{word}{{30,}}"
+                ),
+                any,
+            )),
             run(rule(ApiKey, &format!("sk-{url}{{20,}}"), |t, _| {
                 let body = head(&t[3..]);
                 has_digit(body) && body.split(['-', '_']).any(|part| part.len() >= 10)
             })),
             run(rule(Jwt, &format!(r"eyJ{url}{{7,180}}\.{url}{{8,}}(?:\.{url}+)*"), any)),
-            rule(Email, r"[A-Za-z0-9][A-Za-z0-9_+-]*(?:\.[A-Za-z0-9_+-]+)*(?:@|%40)(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}", |t, _| {
-                let (local, domain) = t.split_once('@').or_else(|| t.split_once("%40")).unwrap();
-                local.len() <= 64 && domain.len() <= 128
+            rule(
+                Email,
+                r"[A-Za-z0-9][A-Za-z0-9_+-]*(?:\.[A-Za-z0-9_+-]+)*(?:@|%40)(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}",
+                |t, _| {
+                    let (local, domain) = t.split_once('@').or_else(|| t.split_once("%40")).unwrap();
+                    local.len() <= 64 && domain.len() <= 128
+                },
+            ),
+            rule(Traceparent, "[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", |t, _| {
+                !t.starts_with("ff")
             }),
-            rule(Traceparent, "[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", |t, _| !t.starts_with("ff")),
             rule(Uuid, "(?i:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})", any),
-            rule(Timestamp, &format!("[12][0-9]{{3}}-{month}-{day}(?:[Tt ]{hour}{colon}{minute}(?:{colon}{second}(?:[.,][0-9]{{1,9}})?)?{zone})?|[12][0-9]{{3}}{month}{day}T{hour}{minute}{second}(?:[.,][0-9]{{1,9}})?{zone}"), |_, b| b != Some('-') && b != Some('_')),
-            rule(HttpDate, &format!("{day}(?: {m} | {m} |-{m}-)[0-9]{{4}} (?:[01][0-9]|2[0-3]):{minute}:{second}(?: GMT| UTC| [+-][0-9]{{4}})?", m = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"), any),
+            rule(
+                Timestamp,
+                &format!(
+                    "[12][0-9]{{3}}-{month}-{day}(?:[Tt ]{hour}{colon}{minute}(?:{colon}{second}(?:[.,][0-9]{{1,9}})?)?{zone})?|[12][0-9]{{3}}{month}{day}T{hour}{minute}{second}(?:[.,][0-9]{{1,9}})?{zone}"
+                ),
+                |_, b| b != Some('-') && b != Some('_'),
+            ),
+            rule(
+                HttpDate,
+                &format!(
+                    "{day}(?: {m} | {m} |-{m}-)[0-9]{{4}} (?:[01][0-9]|2[0-3]):{minute}:{second}(?: GMT| UTC| [+-][0-9]{{4}})?",
+                    m = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"
+                ),
+                any,
+            ),
             rule(Iban, "[A-Z]{2}[0-9]{2}[A-Z0-9 ]{8,40}", |t, _| iban(t)),
             rule(IpAddress, "[0-9]{1,3}(?:\\.[0-9]{1,3}){3}|(?:[0-9a-fA-F]{1,4}:)[0-9a-fA-F:]+", ip),
-            rule(Card, "[2-6][0-9]{12,18}|[2-6][0-9]{2,5}(?: [0-9]{3,6})+|[2-6][0-9]{2,5}(?:-[0-9]{3,6})+", |t, b| luhn(t) && b != Some('.')),
-            rule(Phone, r"\+[1-9][0-9]{0,14}(?:[ .-]?\([0-9]{1,4}\)[ .-]?[0-9]{2,8}|[ .-][0-9]{2,8})*", |t, _| (8..=15).contains(&t.bytes().filter(u8::is_ascii_digit).count())),
+            rule(
+                Card,
+                "[2-6][0-9]{12,18}|[2-6][0-9]{2,5}(?: [0-9]{3,6})+|[2-6][0-9]{2,5}(?:-[0-9]{3,6})+",
+                |t, b| luhn(t) && b != Some('.'),
+            ),
+            rule(
+                Phone,
+                r"\+[1-9][0-9]{0,14}(?:[ .-]?\([0-9]{1,4}\)[ .-]?[0-9]{2,8}|[ .-][0-9]{2,8})*",
+                |t, _| (8..=15).contains(&t.bytes().filter(u8::is_ascii_digit).count()),
+            ),
             rule(Phone, r"\([0-9]{3}\)[ .-]?[0-9]{3}[ .-][0-9]{4}", any),
-            rule(Phone, r"(?:1-)?[0-9]{3}-[0-9]{3}-[0-9]{4}|(?:1\.)?[0-9]{3}\.[0-9]{3}\.[0-9]{4}", |_, b| !matches!(b, Some('-' | '.' | '_'))),
+            rule(Phone, r"(?:1-)?[0-9]{3}-[0-9]{3}-[0-9]{4}|(?:1\.)?[0-9]{3}\.[0-9]{3}\.[0-9]{4}", |_, b| {
+                !matches!(b, Some('-' | '.' | '_'))
+            }),
             rule(Epoch, r"(?:1[0-9]|2[01])[0-9]{8}(?:\.[0-9]{1,9})?|1[0-9]{12}", |_, b| b != Some('.')),
             rule(Id, "[0-7][0-9A-HJKMNP-TV-Z]{25}", |t, _| t.contains(|c: char| c.is_ascii_uppercase())),
-            run(rule(Id, &format!("(?:chatcmpl-|req_|call_|resp_|msg_|toolu_|file-){word}{{12,}}"), |t, _| {
-                has_digit(&t[t.find(['-', '_']).unwrap() + 1..])
+            run(rule(
+                Id,
+                &format!("(?:chatcmpl-|req_|call_|resp_|msg_|toolu_|file-){word}{{12,}}"),
+                |t, _| has_digit(&t[t.find(['-', '_']).unwrap() + 1..]),
+            )),
+            rule(Hex, "(?i:[0-9a-f]{16,63})", |t, _| {
+                t.contains(|c: char| c.is_ascii_digit()) && t.contains(|c: char| c.is_ascii_alphabetic())
+            }),
+            run(rule(Hex, "(?i:[0-9a-f]{64,})", |t, _| {
+                has_digit(t) && head(t).contains(|c: char| c.is_ascii_alphabetic())
             })),
-            rule(Hex, "(?i:[0-9a-f]{16,63})", |t, _| t.contains(|c: char| c.is_ascii_digit()) && t.contains(|c: char| c.is_ascii_alphabetic())),
-            run(rule(Hex, "(?i:[0-9a-f]{64,})", |t, _| has_digit(t) && head(t).contains(|c: char| c.is_ascii_alphabetic()))),
             rule(Hex, "0[xX](?i:[0-9a-f]{16,63})", any),
             run(rule(Hex, "0[xX](?i:[0-9a-f]{64,})", any)),
             rule(Digits, "[0-9]{6,63}", any),
@@ -207,8 +266,9 @@ mod oracle {
 
     /// Length of the escape at `at`.
     fn escape(text: &[u8], at: usize) -> usize {
-        static ESCAPE: LazyLock<Regex> =
-            LazyLock::new(|| Regex::new(r#"^(?s-u)(?:\\[bfnrt"/\\]|\\u[0-9a-fA-F]{4}|%[0-9a-fA-F]{2})"#).unwrap());
+        static ESCAPE: LazyLock<Regex> = LazyLock::new(|| {
+            Regex::new(r#"^(?s-u)(?:\\[bfnrt"/\\]|\\u[0-9a-fA-F]{4}|%[0-9a-fA-F]{2})"#).unwrap()
+        });
         ESCAPE.find(&text[at..]).map_or(1, |m| m.len())
     }
 
@@ -238,12 +298,16 @@ mod oracle {
                     }
                     let Some(captures) = rule.shape.captures(&text[at..end]) else { continue };
                     let from = at + captures.name("lead").unwrap().len();
-                    if rule.class == Class::Password && !captures["lead"].ends_with(b" ") && text.get(end) != Some(&b'@') {
+                    if rule.class == Class::Password
+                        && !captures["lead"].ends_with(b" ")
+                        && text.get(end) != Some(&b'@')
+                    {
                         continue;
                     }
                     let token = String::from_utf8_lossy(&text[from..end]);
                     let slashed = before == Some('/') && (at < 2 || text[at - 2] != b'/');
-                    let numbered = text.get(end) == Some(&b'.') && text.get(end + 1).is_some_and(u8::is_ascii_digit);
+                    let numbered =
+                        text.get(end) == Some(&b'.') && text.get(end + 1).is_some_and(u8::is_ascii_digit);
                     let v4 = rule.class == Class::IpAddress && token.contains('.');
                     if v4 && (slashed || numbered) || !(rule.check)(&token, before) {
                         // A run is taken whole or not at all.
@@ -280,31 +344,79 @@ const POSITIVES: &[(Class, &str, &str)] = &[
     (Class::HttpDate, "Expires=Wed, 21-Dec-2022 18:13:49 GMT", "21-Dec-2022 18:13:49 GMT"),
     (Class::Epoch, "\"created\": 1781208959,", "1781208959"),
     (Class::Epoch, "1781208959123", "1781208959123"),
-    (Class::Hex, "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"),
+    (
+        Class::Hex,
+        "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    ),
     (Class::Hex, "at 0x00007ffe4b3c2a10 in", "0x00007ffe4b3c2a10"),
     (Class::Digits, "order 123456 of", "123456"),
-    (Class::Jwt, "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P"),
-    (Class::Base64, "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=", "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="),
+    (
+        Class::Jwt,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
+    ),
+    (
+        Class::Base64,
+        "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=",
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=",
+    ),
     (Class::Id, "\"id\": \"chatcmpl-9aXbC3dEfGhIjKlMnOpQ\"", "chatcmpl-9aXbC3dEfGhIjKlMnOpQ"),
     (Class::Id, "toolu_01A09q90qw90lq917835lq9", "toolu_01A09q90qw90lq917835lq9"),
     (Class::Id, "call_abcDEF123456ghi789", "call_abcDEF123456ghi789"),
     (Class::Id, "01ARZ3NDEKTSV4RRFFQ69G5FAV", "01ARZ3NDEKTSV4RRFFQ69G5FAV"),
-    (Class::Traceparent, "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
-    (Class::ApiKey, "key=sk-proj-abcDEF123456ghiJKL789mnoPQR012stu", "sk-proj-abcDEF123456ghiJKL789mnoPQR012stu"),
-    (Class::ApiKey, "sk-abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGH", "sk-abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGH"),
-    (Class::ApiKey, "x-api-key: sk-ant-api03-abcDEF123456-ghiJKL_789mnoPQR012stu", "sk-ant-api03-abcDEF123456-ghiJKL_789mnoPQR012stu"),
+    (
+        Class::Traceparent,
+        "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    ),
+    (
+        Class::ApiKey,
+        "key=sk-proj-abcDEF123456ghiJKL789mnoPQR012stu",
+        "sk-proj-abcDEF123456ghiJKL789mnoPQR012stu",
+    ),
+    (
+        Class::ApiKey,
+        "sk-abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGH",
+        "sk-abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGH",
+    ),
+    (
+        Class::ApiKey,
+        "x-api-key: sk-ant-api03-abcDEF123456-ghiJKL_789mnoPQR012stu",
+        "sk-ant-api03-abcDEF123456-ghiJKL_789mnoPQR012stu",
+    ),
     (Class::ApiKey, "AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
     (Class::ApiKey, "(ASIAABCDEFGHIJKLMNOP)", "ASIAABCDEFGHIJKLMNOP"),
     (Class::ApiKey, "AIzaSyA1234567890abcdefghijklmnopqrstuv", "AIzaSyA1234567890abcdefghijklmnopqrstuv"),
     (Class::ApiKey, "AIzaSyAbcdefghijklmnopqrstuvwxyzabcdefg", "AIzaSyAbcdefghijklmnopqrstuvwxyzabcdefg"),
     (Class::ApiKey, "ghp_abcdefghijklmnopqrstuvwxyzABCDEF0123", "ghp_abcdefghijklmnopqrstuvwxyzABCDEF0123"),
     (Class::ApiKey, "gho_abcdefghijklmnopqrstuvwxyzABCDEF0123", "gho_abcdefghijklmnopqrstuvwxyzABCDEF0123"),
-    (Class::ApiKey, "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz", "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz"),
+    (
+        Class::ApiKey,
+        "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz",
+        "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz",
+    ),
     (Class::ApiKey, "xoxb-123456789012-abcdefGHIJKL", "xoxb-123456789012-abcdefGHIJKL"),
-    (Class::ApiKey, concat!("sk_", "live_abcdefghij0123456789ABCD"), concat!("sk_", "live_abcdefghij0123456789ABCD")),
-    (Class::ApiKey, concat!("rk_", "live_abcdefghij0123456789ABCD"), concat!("rk_", "live_abcdefghij0123456789ABCD")),
-    (Class::PrivateKey, "-----BEGIN RSA PRIVATE KEY-----\nMIIEow+/x0=\nabc\n-----END RSA PRIVATE KEY-----\nafter", "BEGIN RSA PRIVATE KEY-----\nMIIEow+/x0=\nabc\n-----END RSA PRIVATE KEY-----"),
-    (Class::PrivateKey, "\"-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----\\n\"", "BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----"),
+    (
+        Class::ApiKey,
+        concat!("sk_", "live_abcdefghij0123456789ABCD"),
+        concat!("sk_", "live_abcdefghij0123456789ABCD"),
+    ),
+    (
+        Class::ApiKey,
+        concat!("rk_", "live_abcdefghij0123456789ABCD"),
+        concat!("rk_", "live_abcdefghij0123456789ABCD"),
+    ),
+    (
+        Class::PrivateKey,
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIEow+/x0=\nabc\n-----END RSA PRIVATE KEY-----\nafter",
+        "BEGIN RSA PRIVATE KEY-----\nMIIEow+/x0=\nabc\n-----END RSA PRIVATE KEY-----",
+    ),
+    (
+        Class::PrivateKey,
+        "\"-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----\\n\"",
+        "BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----",
+    ),
     (Class::Bearer, "Authorization: Bearer abcdefghijklmnop.qrs~1==", "abcdefghijklmnop.qrs~1=="),
     (Class::Password, "Authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz"),
     (Class::Password, "postgres://admin:hunter2@db.example/x", "admin:hunter2"),
@@ -340,22 +452,46 @@ const NEAR_MISSES: &[(Class, &str)] = &[
     (Class::Hex, "#a1b2c3 #fff deadbeefdeadbeef 9f86d081884c7d6 9f86d081884c7d659g 0x7ffe"),
     (Class::Digits, "12345 1,234,567 v123456x"),
     (Class::Jwt, "eyJ.eyJ.x eyJhbGciOiJIUzI1NiJ9 and eyJhbGciOiJIUzI1NiJ9.short"),
-    (Class::Base64, "ThisIsAVeryLongCamelCaseIdentifierThatNobodyShouldWrite2 or/usr/local/lib/python3/dist/packages/numpy"),
-    (Class::Base64, "supercalifragilisticexpialidocious a-rather-long-kebab-case-name-with-2-numbers-in-it-1"),
+    (
+        Class::Base64,
+        "ThisIsAVeryLongCamelCaseIdentifierThatNobodyShouldWrite2 or/usr/local/lib/python3/dist/packages/numpy",
+    ),
+    (
+        Class::Base64,
+        "supercalifragilisticexpialidocious a-rather-long-kebab-case-name-with-2-numbers-in-it-1",
+    ),
     (Class::Base64, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"),
     (Class::Id, "call_get_weather_for_city call_getWeatherForThisCity msg_1 recall_abcDEF123456ghi789"),
     (Class::Id, "81ARZ3NDEKTSV4RRFFQ69G5FAV 01ARZ3NDEKTSV4RRFFQ69G5FAL"),
-    (Class::Traceparent, "00-4bf92f3577b34da6a3ce929d0e0e473-00f067aa0ba902b7-01 00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"),
-    (Class::ApiKey, "sk-learn-contrib-is-a-nice-package-2 task-abcdefghijklmnopqrstuvwxyz0123456789 AKIA AKIAlowercase1234567"),
+    (
+        Class::Traceparent,
+        "00-4bf92f3577b34da6a3ce929d0e0e473-00f067aa0ba902b7-01 00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+    ),
+    (
+        Class::ApiKey,
+        "sk-learn-contrib-is-a-nice-package-2 task-abcdefghijklmnopqrstuvwxyz0123456789 AKIA AKIAlowercase1234567",
+    ),
     (Class::ApiKey, "ghp_short AIzaShort xoxb-1 SG.short sk_live_short github_pat_1 AKIAIOSFODNN7EXAMPLEX"),
-    (Class::PrivateKey, "-----BEGIN CERTIFICATE-----\nMIIE BEGIN PRIVATE KEY----- -----BEGIN PUBLIC KEY-----"),
+    (
+        Class::PrivateKey,
+        "-----BEGIN CERTIFICATE-----\nMIIE BEGIN PRIVATE KEY----- -----BEGIN PUBLIC KEY-----",
+    ),
     (Class::Bearer, "the bearer of bad news; Bearer authentication-is-required; bearer abc123"),
-    (Class::Password, "http://example.com:8080/path@x https://user@example.com see http://[REDACTED:password]@x"),
+    (
+        Class::Password,
+        "http://example.com:8080/path@x https://user@example.com see http://[REDACTED:password]@x",
+    ),
     (Class::Password, "basic research and Basic JavaScript Basic mathematics"),
     (Class::Email, "a@b @handle user@localhost jane.@example.com foo@bar.c import x@1.2.3 a..b"),
     (Class::Card, "4111 1111 1111 1112 4111111111111112 1111111111111117 0.4111111111111111 411111111111"),
-    (Class::Iban, "GB82 WEST 1234 5698 7654 33 DE88370400440532013000 XX89370400440532013000 gb82west12345698765432"),
-    (Class::Phone, "+12 3456 5 55-1234; +1 234 567; 2026-11-23 1+14155552671 12-415-555-2671 555-12345-6789 x = +1.5"),
+    (
+        Class::Iban,
+        "GB82 WEST 1234 5698 7654 33 DE88370400440532013000 XX89370400440532013000 gb82west12345698765432",
+    ),
+    (
+        Class::Phone,
+        "+12 3456 5 55-1234; +1 234 567; 2026-11-23 1+14155552671 12-415-555-2671 555-12345-6789 x = +1.5",
+    ),
     (Class::IpAddress, "1.2.3 v1.2.3.4 10.0.19045.3693 1.2.3.4.5 256.1.1.1 01.2.3.4 Chrome/41.0.225.0"),
     (Class::IpAddress, "std::vec a1::b2 12:30:45 aa:bb:cc:dd:ee:ff dead::beef ::1"),
 ];
@@ -376,7 +512,11 @@ fn every_class_is_found_where_it_stands() {
 fn near_misses_are_left_alone() {
     for &(class, text) in NEAR_MISSES {
         let hit = scan_split(ClassSet::NONE.with(class), text.as_bytes(), &[]);
-        assert!(hit.is_empty(), "{class:?} in {text}: {:?}", hit.iter().map(|t| &text[t.1..t.2]).collect::<Vec<_>>());
+        assert!(
+            hit.is_empty(),
+            "{class:?} in {text}: {:?}",
+            hit.iter().map(|t| &text[t.1..t.2]).collect::<Vec<_>>()
+        );
     }
 }
 

@@ -85,10 +85,16 @@ const fn kinds() -> [u16; 256] {
     table
 }
 
+/// All kinds that `byte` is of.
+#[inline(always)]
+pub(super) fn kinds_of(byte: u8) -> u16 {
+    KINDS.get(usize::from(byte)).copied().unwrap_or(0)
+}
+
 /// Whether `byte` is of one of the kinds.
 #[inline(always)]
 pub(super) fn is(byte: u8, kinds: u16) -> bool {
-    KINDS.get(usize::from(byte)).is_some_and(|kind| kind & kinds != 0)
+    kinds_of(byte) & kinds != 0
 }
 
 /// Where the run of `kinds` that starts at `from` ends.

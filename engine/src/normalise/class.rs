@@ -161,7 +161,7 @@ impl ClassSet {
         Self(self.0 & !(1 << class as u32))
     }
 
-    /// Both.
+    /// What is in either.
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
@@ -174,6 +174,16 @@ impl ClassSet {
     /// The set of a number; none if it names a class that is not known here.
     pub(crate) const fn from_bits(bits: u32) -> Option<Self> {
         if bits & !Self::ALL.0 == 0 { Some(Self(bits)) } else { None }
+    }
+
+    /// What is in both.
+    pub const fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether any class is in both.
+    pub const fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
     }
 
     /// Whether `class` is in it.

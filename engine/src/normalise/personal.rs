@@ -3,9 +3,9 @@
 //! Each takes the front of a window and returns (bytes before the datum, its bytes, its tail).
 
 use super::automaton::{ATOM, DIGIT, HEX, HOST, LOWER, UPPER, is};
-use super::token::{Tail, Word};
+use super::token::{Shape, Tail, Word};
 
-type Found = Option<(usize, usize, Tail)>;
+type Found = Option<Shape>;
 
 /// Longest local part (RFC 5321, section 4.5.3.1.1).
 const MAX_LOCAL: usize = 64;

@@ -203,6 +203,10 @@ impl Scanner {
                 Stop::Word(start) => start,
             };
             let window = text.get(start..).unwrap_or_default();
+            if let Some(len) = token::skip(self.classes, window) {
+                at = start + len;
+                continue;
+            }
             if window.len() < WINDOW && !at_end {
                 break start;
             }

@@ -3,9 +3,9 @@
 //! Each takes the front of a window and returns (bytes before the secret, its bytes, its tail).
 
 use super::automaton::{BASE64, BASE64_URL, BEARER, DASH_LOW, DIGIT, UPPER, USER_INFO, WORD, is};
-use super::token::{HORIZON, Tail, Word};
+use super::token::{HORIZON, Shape, Tail, Word};
 
-type Found = Option<(usize, usize, Tail)>;
+type Found = Option<Shape>;
 
 /// Longest label before `PRIVATE KEY`, e.g. `ENCRYPTED `.
 const MAX_PEM_LABEL: usize = 32;

@@ -5,7 +5,9 @@
 //! by a letter or digit. A run without bound (a key, a blob) is judged by its first [`HORIZON`] bytes;
 //! the rest of it is then consumed byte by byte.
 
-use super::automaton::{BASE64_URL, DIGIT, LOWER, PEM, UPPER, WORD, is, run};
+use super::automaton::{
+    BASE64_URL, DASH_LOW, DIGIT, LOWER, PEM, PLUS_SLASH, UPPER, WORD, is, kinds_of, run,
+};
 use super::class::{Class, ClassSet};
 use super::{personal, secrets, volatile};
 
@@ -167,6 +169,85 @@ impl Word<'_> {
     }
 }
 
+/// Classes of which a token may start with a word, by its first byte, its length and the byte after it.
+fn candidates(word: &Word<'_>) -> ClassSet {
+    const NONE: ClassSet = ClassSet::NONE;
+    let (len, after) = (word.len, word.after);
+    let mut set = match after {
+        b'@' | b'+' | b'%' => NONE.with(Class::Email),
+        b'.' | b'_' | b'-' => NONE.with(Class::Email).with(Class::Id),
+        _ => NONE,
+    };
+    if after == b'-' {
+        set = set.with(Class::Traceparent).with(Class::Uuid);
+    }
+    if len <= 4 && matches!(after, b'.' | b':') {
+        set = set.with(Class::IpAddress);
+    }
+    if len >= 16 || is(after, PLUS_SLASH | DASH_LOW) {
+        set = set.with(Class::Hex).with(Class::Base64).with(Class::Id);
+    }
+    if is(word.first, UPPER | LOWER) {
+        if word.first == b'e' {
+            set = set.with(Class::Jwt);
+        }
+        if word.first == b'A' || len <= 6 && matches!(after, b'.' | b'_' | b'-') {
+            set = set.with(Class::ApiKey);
+        }
+        if len >= 4 && is(word.byte(2), DIGIT) {
+            set = set.with(Class::Iban);
+        }
+        if after == b':' {
+            set = set.with(Class::Password);
+        }
+        if matches!(len, 5 | 6) && after == b' ' {
+            set = set.with(Class::PrivateKey).with(Class::Password).with(Class::Bearer);
+        }
+        return set;
+    }
+    if len == 0 {
+        return NONE.with(Class::Phone);
+    }
+    if len >= 6 {
+        set = set.with(Class::Digits).with(Class::Epoch).with(Class::Card).with(Class::Timestamp);
+    }
+    if matches!(after, b' ' | b'-' | b'.') {
+        set = set.with(Class::Card).with(Class::HttpDate).with(Class::Phone).with(Class::Timestamp);
+    }
+    set
+}
+
+/// Looks at the front of a window before the whole of it is there: how many bytes can be skipped because
+/// no token of `classes` starts in them. Nothing if that takes the matchers, or more of the text.
+///
+/// A chain is a run of words with signs of base64 and dots between them. Without `@` behind it, a space,
+/// a colon or a bracket, one of five bytes is too short for any token, and one of 14 for any without a digit.
+pub(super) fn skip(classes: ClassSet, text: &[u8]) -> Option<usize> {
+    const SHORT: usize = 6;
+    const SHORT_WITHOUT_DIGIT: usize = 15;
+    let (mut kinds, mut chain, mut word_end) = (0u16, 0, None);
+    for &byte in text.iter().take(SHORT_WITHOUT_DIGIT) {
+        let kind = kinds_of(byte);
+        if kind & WORD == 0 && word_end.is_none() {
+            word_end = Some(chain);
+        }
+        if kind & (WORD | PLUS_SLASH | DASH_LOW) == 0 && byte != b'.' {
+            break;
+        }
+        kinds |= kind;
+        chain += 1;
+    }
+    let first_is_word = word_end != Some(0);
+    let after = text.get(chain).copied()?;
+    let most = if kinds & DIGIT == 0 { SHORT_WITHOUT_DIGIT } else { SHORT };
+    if first_is_word && chain < most && !matches!(after, b'@' | b'%' | b':' | b' ' | b'(') {
+        return Some(chain);
+    }
+    let len = word_end.filter(|&end| end > 0)?;
+    let word = Word { window: text, left: Left::NONE, len, after: *text.get(len)?, first: *text.first()? };
+    if candidates(&word).intersects(classes) { None } else { Some(len) }
+}
+
 /// The token of highest precedence among `classes` at the start of `window`.
 pub(super) fn at(classes: ClassSet, left: Left, window: &[u8]) -> Option<Match> {
     let len = run(window, 0, WORD);
@@ -177,46 +258,34 @@ pub(super) fn at(classes: ClassSet, left: Left, window: &[u8]) -> Option<Match> 
         after: window.get(len).copied().unwrap_or(0),
         first: window.first().copied()?,
     };
-    let ask = |class: Class, matcher: fn(&Word<'_>) -> Option<(usize, usize, Tail)>| {
-        if !classes.contains(class) {
-            return None;
-        }
+    let candidates = candidates(&word).intersection(classes);
+    MATCHERS.iter().filter(|(class, _)| candidates.contains(*class)).find_map(|&(class, matcher)| {
         matcher(&word).map(|(lead, len, tail)| Match { class, lead, len, tail })
-    };
-    if len == 0 {
-        return ask(Class::Phone, personal::phone);
-    }
-    // By precedence; each group holds what can start with such a byte.
-    let letter = is(word.first, UPPER | LOWER);
-    let keys = if letter {
-        ask(Class::PrivateKey, secrets::private_key)
-            .or_else(|| ask(Class::Password, secrets::password))
-            .or_else(|| ask(Class::Bearer, secrets::bearer))
-            .or_else(|| ask(Class::ApiKey, secrets::api_key))
-            .or_else(|| ask(Class::Jwt, volatile::jwt))
-    } else {
-        None
-    };
-    keys.or_else(|| ask(Class::Email, personal::email))
-        .or_else(|| ask(Class::Traceparent, volatile::traceparent))
-        .or_else(|| ask(Class::Uuid, volatile::uuid))
-        .or_else(|| if letter { ask(Class::Iban, personal::iban) } else { dates(&ask) })
-        .or_else(|| ask(Class::IpAddress, personal::ip_address))
-        .or_else(|| if letter { None } else { numbers(&ask) })
-        .or_else(|| ask(Class::Id, volatile::id))
-        .or_else(|| ask(Class::Hex, volatile::hex))
-        .or_else(|| if letter { None } else { ask(Class::Digits, volatile::digits) })
-        .or_else(|| ask(Class::Base64, volatile::base64))
+    })
 }
 
-type Matcher = fn(&Word<'_>) -> Option<(usize, usize, Tail)>;
+/// Bytes before the token, its bytes, its tail.
+pub(super) type Shape = (usize, usize, Tail);
 
-fn dates(ask: &impl Fn(Class, Matcher) -> Option<Match>) -> Option<Match> {
-    ask(Class::Timestamp, volatile::timestamp).or_else(|| ask(Class::HttpDate, volatile::http_date))
-}
-
-fn numbers(ask: &impl Fn(Class, Matcher) -> Option<Match>) -> Option<Match> {
-    ask(Class::Card, personal::card)
-        .or_else(|| ask(Class::Phone, personal::phone))
-        .or_else(|| ask(Class::Epoch, volatile::epoch))
-}
+/// By precedence, which is the order of [`Class::ALL`].
+const MATCHERS: [(Class, fn(&Word<'_>) -> Option<Shape>); 19] = [
+    (Class::PrivateKey, secrets::private_key),
+    (Class::Password, secrets::password),
+    (Class::Bearer, secrets::bearer),
+    (Class::ApiKey, secrets::api_key),
+    (Class::Jwt, volatile::jwt),
+    (Class::Email, personal::email),
+    (Class::Traceparent, volatile::traceparent),
+    (Class::Uuid, volatile::uuid),
+    (Class::Timestamp, volatile::timestamp),
+    (Class::HttpDate, volatile::http_date),
+    (Class::Iban, personal::iban),
+    (Class::IpAddress, personal::ip_address),
+    (Class::Card, personal::card),
+    (Class::Phone, personal::phone),
+    (Class::Epoch, volatile::epoch),
+    (Class::Id, volatile::id),
+    (Class::Hex, volatile::hex),
+    (Class::Digits, volatile::digits),
+    (Class::Base64, volatile::base64),
+];

@@ -3,7 +3,7 @@
 //! Each takes the front of a window and returns (bytes before the token, its bytes, its tail).
 
 use super::automaton::{BASE64, BASE64_URL, DASH_LOW, DIGIT, HEX, LOWER, PLUS_SLASH, UPPER, WORD, is};
-use super::token::{HORIZON, Tail, Word};
+use super::token::{HORIZON, Shape, Tail, Word};
 
 /// Fewest hexadecimal digits of a digest.
 const MIN_HEX: usize = 16;
@@ -24,7 +24,7 @@ const ID_PREFIXES: [&[u8]; 32] = [
     b"embd-",
 ];
 
-type Found = Option<(usize, usize, Tail)>;
+type Found = Option<Shape>;
 
 /// `eyJ…`, a dot and at least eight characters; further parts follow.
 pub(super) fn jwt(word: &Word<'_>) -> Found {
