@@ -133,6 +133,8 @@ const AUTHORISE: &str = r#"
     (call $say (call $http_call (i32.const 100) (i32.const 4) (i32.const 200) (i32.const 62)
       (i32.const 100) (i32.const 4) (i32.const 0) (i32.const 0) (i32.const 500) (i32.const 0)))
     (i32.const 1))
+  (func (export "proxy_on_tick") (param i32)
+    (call $say (call $get_buffer_bytes (i32.const 4) (i32.const 0) (i32.const 99) (i32.const 0) (i32.const 4))))
   (func (export "proxy_on_http_call_response") (param i32 i32 i32 i32 i32)
     (call $say (local.get 0)) (call $say (local.get 1)) (call $say (local.get 2))
     (call $say (local.get 3)) (call $say (local.get 4))
@@ -174,6 +176,8 @@ fn an_http_calls_answer_continues_the_stream() {
     assert_eq!(events.len(), 1);
     assert_eq!((events[0].stream, &events[0].step), (id, &Step::Forward(release)));
     assert!(run.plugin.http_call_response(call, Some(answer)).is_err(), "answered once");
+    run.plugin.tick().unwrap();
+    assert_eq!(run.said(), ["1"], "the answer is gone after its callback");
 }
 
 #[test]
