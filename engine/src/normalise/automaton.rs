@@ -75,7 +75,8 @@ const fn kinds() -> [u16; 256] {
             kind |= HEX;
         }
         // Brackets too are none of it, so an earlier redaction is not taken for a password.
-        let delimiter = matches!(byte, b'"' | b'\'' | b'`' | b'<' | b'>' | b'/' | b'?' | b'#' | b'\\' | b'[' | b']');
+        let delimiter =
+            matches!(byte, b'"' | b'\'' | b'`' | b'<' | b'>' | b'/' | b'?' | b'#' | b'\\' | b'[' | b']');
         if byte > b' ' && byte != 0x7f && !delimiter {
             kind |= USER_INFO;
         }
@@ -235,7 +236,8 @@ mod tests {
 
     #[test]
     fn ordinary_text_never_stops_it() {
-        let text = b"The order is on its way, to a user: (5 of 7) \"done\"... Really? Yes; call us. {\"a\": 1}";
+        let text =
+            b"The order is on its way, to a user: (5 of 7) \"done\"... Really? Yes; call us. {\"a\": 1}";
         assert_eq!(next_stop(text, 0), Stop::End);
     }
 

@@ -75,7 +75,14 @@ fn rewrite<M: AsRef<[u8]>>(
     match found {
         Found::Text { text, offset, body_start } => {
             let source_len = text.len() as u64;
-            emit(Piece { text, class: None, offset, source_len, body_start, body_end: body_start + source_len });
+            emit(Piece {
+                text,
+                class: None,
+                offset,
+                source_len,
+                body_start,
+                body_end: body_start + source_len,
+            });
         }
         Found::Token { class, offset, len, body_start, body_end } => {
             let marker = marker(class, len);

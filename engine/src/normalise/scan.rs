@@ -173,8 +173,9 @@ impl Scanner {
                 found(Found::Token { class, offset, len, body_start, body_end });
                 boundary = Some(at);
                 // Only a run longer than the horizon ends inside a word.
-                self.in_word = at.checked_sub(1).and_then(|last| text.get(last)).is_some_and(|&b| is(b, WORD))
-                    || at == 0 && is(before.last, WORD);
+                self.in_word =
+                    at.checked_sub(1).and_then(|last| text.get(last)).is_some_and(|&b| is(b, WORD))
+                        || at == 0 && is(before.last, WORD);
             }
             if self.in_word {
                 at = run(text, at, WORD);
@@ -269,8 +270,20 @@ fn escape(text: &[u8]) -> Option<usize> {
         text.get(from..from + count).map(|digits| digits.iter().all(|&b| is(b, HEX)))
     };
     Some(match text {
-        [b'%', ..] => if hex(1, 2)? { 3 } else { 1 },
-        [_, b'u', ..] => if hex(2, 4)? { 6 } else { 1 },
+        [b'%', ..] => {
+            if hex(1, 2)? {
+                3
+            } else {
+                1
+            }
+        }
+        [_, b'u', ..] => {
+            if hex(2, 4)? {
+                6
+            } else {
+                1
+            }
+        }
         [_, b'b' | b'f' | b'n' | b'r' | b't' | b'"' | b'/' | b'\\', ..] => 2,
         [_, _, ..] => 1,
         _ => return None,

@@ -158,7 +158,7 @@ pub(super) fn api_key(word: &Word<'_>) -> Found {
     }
     KEYS.iter().find_map(|shape| {
         let from = shape.prefix.len();
-        word.has(0, shape.prefix).then_some(())?;
+        (shape.prefix.first() == Some(&word.first) && word.has(0, shape.prefix)).then_some(())?;
         let end = word.run(from, shape.body).min(from + HORIZON);
         let body = word.slice(from, end);
         let random = !shape.random

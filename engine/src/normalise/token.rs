@@ -5,9 +5,7 @@
 //! by a letter or digit. A run without bound (a key, a blob) is judged by its first [`HORIZON`] bytes;
 //! the rest of it is then consumed byte by byte.
 
-use super::automaton::{
-    BASE64_URL, DASH_LOW, DIGIT, LOWER, PEM, PLUS_SLASH, UPPER, WORD, is, kinds_of, run,
-};
+use super::automaton::{BASE64_URL, DASH_LOW, DIGIT, LOWER, PEM, PLUS_SLASH, UPPER, WORD, is, kinds_of, run};
 use super::class::{Class, ClassSet};
 use super::{personal, secrets, volatile};
 
@@ -258,10 +256,16 @@ pub(super) fn at(classes: ClassSet, left: Left, window: &[u8]) -> Option<Match> 
         after: window.get(len).copied().unwrap_or(0),
         first: window.first().copied()?,
     };
-    let candidates = candidates(&word).intersection(classes);
-    MATCHERS.iter().filter(|(class, _)| candidates.contains(*class)).find_map(|&(class, matcher)| {
-        matcher(&word).map(|(lead, len, tail)| Match { class, lead, len, tail })
-    })
+    // Bit by bit from the lowest, which is the highest precedence.
+    let mut candidates = candidates(&word).intersection(classes).bits();
+    while candidates != 0 {
+        let &(class, matcher) = MATCHERS.get(candidates.trailing_zeros() as usize)?;
+        if let Some((lead, len, tail)) = matcher(&word) {
+            return Some(Match { class, lead, len, tail });
+        }
+        candidates &= candidates - 1;
+    }
+    None
 }
 
 /// Bytes before the token, its bytes, its tail.
@@ -289,3 +293,16 @@ const MATCHERS: [(Class, fn(&Word<'_>) -> Option<Shape>); 19] = [
     (Class::Digits, volatile::digits),
     (Class::Base64, volatile::base64),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matchers_stand_where_their_bits_say() {
+        assert_eq!(MATCHERS.map(|(class, _)| class), Class::ALL);
+        for (i, class) in Class::ALL.into_iter().enumerate() {
+            assert_eq!(ClassSet::NONE.with(class).bits(), 1 << i);
+        }
+    }
+}

@@ -18,9 +18,37 @@ const MAX_JWT_HEADER: usize = 180;
 
 /// Prefixes of identifiers, by the bytes before the separator that the table holds too.
 const ID_PREFIXES: [&[u8]; 32] = [
-    b"chatcmpl-", b"cmpl-", b"req_", b"call_", b"resp_", b"msg_", b"run_", b"thread_", b"asst_", b"file-",
-    b"file_", b"fc_", b"rs_", b"ws_", b"toolu_", b"srvtoolu_", b"gen-", b"batch_", b"evt_", b"step_", b"vs_",
-    b"item_", b"sess_", b"event_", b"conv_", b"ftjob-", b"modr-", b"org-", b"proj_", b"tooluse_", b"cus_",
+    b"chatcmpl-",
+    b"cmpl-",
+    b"req_",
+    b"call_",
+    b"resp_",
+    b"msg_",
+    b"run_",
+    b"thread_",
+    b"asst_",
+    b"file-",
+    b"file_",
+    b"fc_",
+    b"rs_",
+    b"ws_",
+    b"toolu_",
+    b"srvtoolu_",
+    b"gen-",
+    b"batch_",
+    b"evt_",
+    b"step_",
+    b"vs_",
+    b"item_",
+    b"sess_",
+    b"event_",
+    b"conv_",
+    b"ftjob-",
+    b"modr-",
+    b"org-",
+    b"proj_",
+    b"tooluse_",
+    b"cus_",
     b"embd-",
 ];
 
@@ -203,7 +231,8 @@ pub(super) fn id(word: &Word<'_>) -> Found {
     if !matches!(word.after, b'-' | b'_') {
         return None;
     }
-    let prefix = ID_PREFIXES.iter().find(|prefix| prefix.len() == word.len + 1 && word.has(0, prefix))?;
+    let known = |prefix: &&&[u8]| prefix.first() == Some(&word.first) && word.has(0, prefix);
+    let prefix = ID_PREFIXES.iter().find(known)?;
     let end = word.run(prefix.len(), WORD).min(prefix.len() + HORIZON);
     let body = word.slice(prefix.len(), end);
     let random = body.len() >= MIN_ID && body.iter().any(|&b| is(b, DIGIT));
