@@ -17,19 +17,22 @@
 //!
 //! # Format, version 1, little-endian
 //! `"DRIFTLCK"`, u16 version, u32 number of streams; per stream: name, u32 messages trained on, u16
-//! number of units; per unit: name, u64 expected cost, i64 standardised median and spread, i64 peak
+//! number of units; per unit: name, u32 normalised
+//! classes, u64 expected cost, i64 standardised median and spread, i64 peak
 //! median and spread, u8 order, u64 trained bytes, u16 escape, u32 slots, 8 bytes a slot; then u32
 //! number of calibration statistics, i64 each, rising. A name is u16 length and UTF-8 bytes. Last, 32
 //! bytes of SHA-256.
 
 use alloc::borrow::ToOwned;
 use alloc::string::String;
+use alloc::vec;
 use alloc::vec::Vec;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::calibrate::{Calibration, Normaliser, Range, UNSEEN_UNIT};
-use crate::coder::{ContextModel, Counts, DEFAULT_ORDER, ModelError};
+use crate::calibrate::{Calibration, NormalRanges, Range, UNSEEN_UNIT};
+use crate::coder::{ContextModel, Counts, DEFAULT_ORDER, ModelError, State};
+use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser, Piece};
 use crate::score::{UnitScorer, UnitScores};
 
 /// SHA-256 of a baseline's bytes.
@@ -59,11 +62,19 @@ pub struct TrainingOptions {
     pub max_table_bytes: usize,
     /// Most bytes of one unit that are learned from; the rest of a longer one is ignored in training.
     pub max_unit_bytes: usize,
+    /// Classes of token that are scored as a marker, whatever they say.
+    pub normalised: ClassSet,
 }
 
 impl Default for TrainingOptions {
     fn default() -> Self {
-        Self { order: DEFAULT_ORDER, max_ngrams: 1 << 18, max_table_bytes: 4 << 20, max_unit_bytes: 16 << 10 }
+        Self {
+            order: DEFAULT_ORDER,
+            max_ngrams: 1 << 18,
+            max_table_bytes: 4 << 20,
+            max_unit_bytes: 16 << 10,
+            normalised: DEFAULT_NORMALISED,
+        }
     }
 }
 
@@ -89,11 +100,17 @@ impl StreamTrainer {
         self.messages
     }
 
+    /// Occurrences of n-grams that found no room.
+    pub fn overflowed(&self) -> u64 {
+        self.counts.iter().map(|(_, counts)| counts.overflowed()).sum()
+    }
+
     /// Counts one message.
     pub fn train(&mut self, units: &[TrainingUnit]) {
         self.messages = self.messages.saturating_add(1);
         for (name, text) in units {
             let sample = text.get(..self.options.max_unit_bytes).unwrap_or(text);
+            let sample = &normalise(sample, self.options.normalised);
             match self.counts.iter_mut().find(|(known, _)| known == name) {
                 Some((_, counts)) => counts.train(sample),
                 None => {
@@ -114,8 +131,18 @@ impl StreamTrainer {
             .map(|(name, counts)| (name.to_owned(), counts.freeze(max_table_bytes)))
             .collect();
         units.sort_by(|a, b| a.0.cmp(&b.0));
-        Models { units, messages: self.messages, max_unit_bytes: self.options.max_unit_bytes }
+        let TrainingOptions { max_unit_bytes, normalised, .. } = self.options;
+        Models { units, messages: self.messages, max_unit_bytes, normalised }
     }
+}
+
+/// The text as it is scored.
+fn normalise(text: &[u8], classes: ClassSet) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut normaliser = Normaliser::new(classes);
+    normaliser.push(text, 0, &mut |piece| out.extend_from_slice(piece.text));
+    normaliser.finish(&mut |piece| out.extend_from_slice(piece.text));
+    out
 }
 
 /// Frozen models without their normal ranges.
@@ -124,6 +151,7 @@ pub struct Models {
     units: Vec<(String, ContextModel)>,
     messages: u32,
     max_unit_bytes: usize,
+    normalised: ClassSet,
 }
 
 impl Models {
@@ -136,9 +164,9 @@ impl Models {
                 .filter(|(unit, text)| *unit == name && !text.is_empty())
                 .map(|(_, text)| {
                     // Only the spans depend on the expected cost, and no range on the spans.
-                    let mut scorer = UnitScorer::new(0);
+                    let mut scorer = UnitScorer::new(0, self.normalised);
                     scorer.push(model, text.get(..self.max_unit_bytes).unwrap_or(text), 0);
-                    scorer.finish()
+                    scorer.finish(model)
                 })
                 .collect()
         };
@@ -151,13 +179,14 @@ impl Models {
             })
             .collect();
         let all: Vec<UnitScores> = scored.iter().flat_map(|(_, _, scores)| scores.iter().copied()).collect();
-        let pooled = Normaliser::fit(&all, None);
+        let pooled = NormalRanges::fit(&all, None);
         let units = scored
             .into_iter()
             .map(|(name, model, scores)| UnitBaseline {
                 name,
+                normalised: self.normalised,
                 model,
-                normaliser: Normaliser::fit(&scores, Some(&pooled)),
+                ranges: NormalRanges::fit(&scores, Some(&pooled)),
             })
             .collect();
         let mut baseline = StreamBaseline {
@@ -177,10 +206,38 @@ impl Models {
 pub struct UnitBaseline {
     /// Kind of unit, e.g. `user`.
     pub name: String,
+    /// Classes of token that are scored as a marker.
+    pub normalised: ClassSet,
     /// Code lengths.
     pub model: ContextModel,
     /// Normal ranges of the scores.
-    pub normaliser: Normaliser,
+    pub ranges: NormalRanges,
+}
+
+impl UnitBaseline {
+    /// A scorer for a unit of this kind; feed it with [`Self::model`].
+    pub fn scorer(&self) -> UnitScorer {
+        UnitScorer::new(self.ranges.expected, self.normalised)
+    }
+
+    /// What each byte of a whole unit costs, in 1/256 bit. The cost of a marker is on the first byte of
+    /// the token that it stands for; the token's other bytes cost nothing.
+    pub fn costs(&self, text: &[u8]) -> Vec<u32> {
+        let mut costs = vec![0; text.len()];
+        let mut state = State::default();
+        let mut emit = |piece: Piece<'_>| {
+            for (&byte, i) in piece.text.iter().zip(0..) {
+                let at = piece.offset as usize + if piece.class.is_none() { i } else { 0 };
+                if let Some(cost) = costs.get_mut(at) {
+                    *cost += u32::from(self.model.step(&mut state, byte));
+                }
+            }
+        };
+        let mut normaliser = Normaliser::new(self.normalised);
+        normaliser.push(text, 0, &mut emit);
+        normaliser.finish(&mut emit);
+        costs
+    }
 }
 
 /// What normal messages of one stream look like.
@@ -237,9 +294,9 @@ impl StreamBaseline {
             _ if text.is_empty() => i64::MIN,
             None => UNSEEN_UNIT,
             Some(unit) => {
-                let mut scorer = UnitScorer::new(unit.normaliser.expected);
+                let mut scorer = unit.scorer();
                 scorer.push(&unit.model, text, 0);
-                unit.normaliser.statistic(&scorer.finish())
+                unit.ranges.statistic(&scorer.finish(&unit.model))
             }
         };
         units.iter().map(statistic).max().unwrap_or(i64::MIN)
@@ -257,7 +314,8 @@ impl StreamBaseline {
         out.extend_from_slice(&(self.units.len() as u16).to_le_bytes());
         for unit in &self.units {
             put_name(out, &unit.name);
-            let n = &unit.normaliser;
+            out.extend_from_slice(&unit.normalised.bits().to_le_bytes());
+            let n = &unit.ranges;
             out.extend_from_slice(&n.expected.to_le_bytes());
             for value in [n.standardised.median, n.standardised.spread, n.peak.median, n.peak.spread] {
                 out.extend_from_slice(&value.to_le_bytes());
@@ -299,9 +357,11 @@ pub enum SnapshotError {
     /// The first bytes are not a snapshot's.
     #[error("these bytes are not a Driftlock baseline; make one with `driftlock train`")]
     NotASnapshot,
-    /// Written by a later version.
-    #[error("the baseline has format version {0}, this engine reads {VERSION}; upgrade the filter first")]
-    Newer(u16),
+    /// Written by another version.
+    #[error(
+        "the baseline has format version {0}, this engine reads {VERSION}; upgrade the filter, or train again"
+    )]
+    Version(u16),
     /// The digest at the end is not that of the bytes.
     #[error("the baseline is damaged: its digest is {found}, it says {stated}; fetch it again")]
     Damaged {
@@ -316,6 +376,14 @@ pub enum SnapshotError {
     /// A name is not UTF-8, or keys are not rising.
     #[error("the baseline has a bad name at byte {0}; it was written by a faulty program")]
     Name(usize),
+    /// Calibration statistics out of order.
+    #[error("the baseline's calibration before byte {0} is not in order; it was written by a faulty program")]
+    Unsorted(usize),
+    /// A class of token that this engine does not know.
+    #[error(
+        "the baseline names an unknown class of token at byte {0}; it was made by a newer engine, upgrade the filter"
+    )]
+    Classes(usize),
     /// A model.
     #[error("unit {unit} of stream {stream}: {error}")]
     Model {
@@ -381,7 +449,7 @@ impl Snapshot {
         }
         let version = u16::from_le_bytes(version.try_into().unwrap_or_default());
         if version != VERSION {
-            return Err(SnapshotError::Newer(version));
+            return Err(SnapshotError::Version(version));
         }
         let split = bytes.len().checked_sub(DIGEST_BYTES).ok_or(SnapshotError::Length(bytes.len()))?;
         let (content, stated) = bytes.split_at(split);
@@ -470,13 +538,19 @@ impl<'a> Reader<'a> {
         }
         let len = (self.u32()? as usize).checked_mul(8).ok_or(SnapshotError::Length(self.at))?;
         let (statistics, _) = self.take(len)?.as_chunks::<8>();
-        let calibration = Calibration::new(statistics.iter().map(|&s| i64::from_le_bytes(s)).collect());
+        let statistics: Vec<i64> = statistics.iter().map(|&s| i64::from_le_bytes(s)).collect();
+        if !statistics.is_sorted() {
+            return Err(SnapshotError::Unsorted(self.at));
+        }
+        let calibration = Calibration::new(statistics);
         let digest = sha256(self.bytes.get(start..self.at).unwrap_or_default());
         Ok(StreamBaseline { stream, messages, units, calibration, digest })
     }
 
     fn unit(&mut self, stream: &str) -> Result<UnitBaseline, SnapshotError> {
         let name = self.name()?;
+        let at = self.at;
+        let normalised = ClassSet::from_bits(self.u32()?).ok_or(SnapshotError::Classes(at))?;
         let expected = u64::from_le_bytes(self.array()?);
         let standardised = self.range()?;
         let peak = self.range()?;
@@ -487,7 +561,7 @@ impl<'a> Reader<'a> {
         let slots = self.take(slots)?;
         let model = ContextModel::decode(order, trained_bytes, escape, slots)
             .map_err(|error| SnapshotError::Model { stream: stream.to_owned(), unit: name.clone(), error })?;
-        Ok(UnitBaseline { name, model, normaliser: Normaliser { expected, standardised, peak } })
+        Ok(UnitBaseline { name, normalised, model, ranges: NormalRanges { expected, standardised, peak } })
     }
 }
 
@@ -551,7 +625,7 @@ mod tests {
         assert_eq!(Snapshot::decode(&[0; 64]), Err(SnapshotError::NotASnapshot));
         let mut newer = bytes.clone();
         newer[8] = 9;
-        assert_eq!(Snapshot::decode(&newer), Err(SnapshotError::Newer(9)));
+        assert_eq!(Snapshot::decode(&newer), Err(SnapshotError::Version(9)));
         let mut flipped = bytes.clone();
         flipped[5000] ^= 4;
         assert!(matches!(Snapshot::decode(&flipped), Err(SnapshotError::Damaged { .. })));

@@ -1,11 +1,11 @@
 //! Scores to conformal p-values.
 //!
-//! What: [`Normaliser`] puts a unit's two deciding scores on one scale and adds them up; [`Calibration`]
+//! What: [`NormalRanges`] puts a unit's two deciding scores on one scale and adds them up; [`Calibration`]
 //! ranks the largest such sum of a message among held-out normal messages. With n of them, p = (1 + #{s_i >= s}) / (n + 1)
 //! (Vovk, Gammerman, Shafer 2005, chapter 2): if normal messages are exchangeable with the held-out
 //! ones, P(p <= alpha) <= alpha for every alpha. p is never 0 and ties count against us.
 //!
-//! Why the combination stays valid: the normaliser is fixed from messages that are not in the
+//! Why the combination stays valid: the ranges is fixed from messages that are not in the
 //! calibration set, so the combined statistic is one fixed function of a message, and one fixed
 //! function is all that the argument needs. The statistic of a message is the largest over its units,
 //! so a message of many units has one p-value, not many to correct for.
@@ -66,7 +66,7 @@ fn quantile(sorted: &[i64], percent: usize) -> i64 {
 
 /// What normal units of one kind score, fitted on held-out ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Normaliser {
+pub struct NormalRanges {
     /// Mean cost of a byte, 1/65536 bit.
     pub expected: u64,
     /// Of the standardised total.
@@ -75,9 +75,9 @@ pub struct Normaliser {
     pub peak: Range,
 }
 
-impl Normaliser {
+impl NormalRanges {
     /// From the scores of held-out normal units, in any order, and the ranges over all kinds of units.
-    pub fn fit(units: &[UnitScores], pooled: Option<&Normaliser>) -> Self {
+    pub fn fit(units: &[UnitScores], pooled: Option<&NormalRanges>) -> Self {
         let (cost, bytes) = units.iter().fold((0u128, 0u128), |(cost, bytes), unit| {
             (cost + u128::from(unit.cost), bytes + u128::from(unit.bytes))
         });

@@ -37,8 +37,9 @@ pub const DEFAULT_ORDER: u8 = 5;
 const NO_COST: u16 = u16::MAX;
 /// A slot whose n-gram is no context of anything.
 const NO_ESCAPE: u16 = u16::MAX;
-/// Longest run of occupied slots a frozen table may have; bounds every look-up.
-const MAX_PROBES: usize = 64;
+/// Slots that a look-up tries, in a frozen table and in training. Hashes can be computed by anyone, so
+/// n-grams can be made to collide; beyond this many they are lost, not looked for.
+const MAX_PROBES: usize = 256;
 /// What a byte costs once every context has been escaped: log2(256).
 const UNIFORM_COST: u32 = 8 * UNITS_PER_BIT;
 
@@ -49,7 +50,7 @@ fn pack(history: u64, len: u32) -> u64 {
     (history & mask) | (u64::from(len) << 56)
 }
 
-/// Mixes a packed n-gram: index from the high half, tag from the rest.
+/// Mixes a packed n-gram: index from the low bits, tag from the high half.
 #[inline(always)]
 fn mix(key: u64) -> u64 {
     let x = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -109,11 +110,6 @@ impl Counts {
         }
     }
 
-    /// Bytes trained on.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// How many n-gram occurrences found no room.
     pub fn overflowed(&self) -> u64 {
         self.overflowed
@@ -133,42 +129,47 @@ impl Counts {
     }
 
     fn add(&mut self, key: u64, count: u32) {
-        if self.occupied * 4 >= self.slots.len() * 3 && self.occupied < self.max_ngrams {
+        if self.occupied * 2 >= self.slots.len() && self.occupied < self.max_ngrams {
             self.grow();
         }
-        let mask = self.slots.len() - 1;
-        let mut index = mix(key) as usize & mask;
-        loop {
-            let Some(slot) = self.slots.get_mut(index) else { return };
-            if slot.0 == key {
-                slot.1 = slot.1.saturating_add(count);
-                return;
+        if self.occupied >= self.max_ngrams {
+            // Known n-grams only.
+            match self.slot(key) {
+                Some(slot) if slot.0 == key => slot.1 = slot.1.saturating_add(count),
+                _ => self.overflowed = self.overflowed.saturating_add(1),
             }
-            if slot.0 == 0 {
-                if self.occupied >= self.max_ngrams {
-                    self.overflowed = self.overflowed.saturating_add(1);
-                } else {
-                    *slot = (key, count);
-                    self.occupied += 1;
-                }
-                return;
-            }
-            index = (index + 1) & mask;
+            return;
         }
+        match self.slot(key) {
+            Some(slot) if slot.0 == key => slot.1 = slot.1.saturating_add(count),
+            Some(slot) => {
+                *slot = (key, count);
+                self.occupied += 1;
+            }
+            None => self.overflowed = self.overflowed.saturating_add(1),
+        }
+    }
+
+    /// The n-gram's slot, or the free one where it belongs; none within reach if too many collide.
+    fn slot(&mut self, key: u64) -> Option<&mut (u64, u32)> {
+        let mask = self.slots.len() - 1;
+        let start = mix(key) as usize;
+        let at = (0..MAX_PROBES)
+            .map(|i| (start + i) & mask)
+            .find(|&at| self.slots.get(at).is_some_and(|slot| slot.0 == key || slot.0 == 0))?;
+        self.slots.get_mut(at)
     }
 
     fn grow(&mut self) {
         let doubled = vec![(0, 0); self.slots.len() * 2];
         let old = core::mem::replace(&mut self.slots, doubled);
-        let mask = self.slots.len() - 1;
         for (key, count) in old.into_iter().filter(|slot| slot.0 != 0) {
-            let mut index = mix(key) as usize & mask;
-            while let Some(slot) = self.slots.get_mut(index) {
-                if slot.0 == 0 {
-                    *slot = (key, count);
-                    break;
+            match self.slot(key) {
+                Some(slot) => *slot = (key, count),
+                None => {
+                    self.occupied -= 1;
+                    self.overflowed = self.overflowed.saturating_add(1);
                 }
-                index = (index + 1) & mask;
             }
         }
     }
@@ -182,15 +183,28 @@ impl Counts {
         // Key order: by length, then by bytes with the context's in the high digits, so that the
         // successors of one context stand together.
         ngrams.sort_unstable();
-        let mut minimum = 1;
-        loop {
+        let max_table_bytes = max_table_bytes.max(ENTRY_BYTES << 12);
+        let fits = |minimum| {
             let entries = entries_of(&ngrams, minimum);
-            let fits = table_len(entries.len()) * ENTRY_BYTES <= max_table_bytes.max(ENTRY_BYTES << 12);
-            if fits || minimum >= u32::MAX / 2 {
-                return ContextModel::build(self.order, self.bytes, &entries, &ngrams);
-            }
-            minimum += 1;
+            (table_len(entries.len(), 0) * ENTRY_BYTES <= max_table_bytes).then_some(entries)
+        };
+        // The smallest minimum that fits: a higher one never keeps more.
+        let (mut low, mut high) = (0, 1);
+        let mut entries = fits(high);
+        while entries.is_none() && high < u32::MAX / 2 {
+            (low, high) = (high, high * 2);
+            entries = fits(high);
         }
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            match fits(middle) {
+                Some(kept) => (high, entries) = (middle, Some(kept)),
+                None => low = middle,
+            }
+        }
+        // Single bytes and their contexts fit the smallest table.
+        let entries = entries.unwrap_or_default();
+        ContextModel::build(self.order, self.bytes, &entries, &ngrams, max_table_bytes)
     }
 }
 
@@ -258,9 +272,12 @@ struct Entry {
     escape: u16,
 }
 
-/// Slots for `entries` at a load of at most 4/5.
-fn table_len(entries: usize) -> usize {
-    (entries + entries / 4 + 1).next_power_of_two().max(16)
+/// Slots for `entries`: at a load of at most 1/2 where that takes no more than `max_table_bytes`, else
+/// of at most 4/5.
+fn table_len(entries: usize, max_table_bytes: usize) -> usize {
+    let roomy = (entries * 2).next_power_of_two();
+    let tight = (entries + entries / 4 + 1).next_power_of_two();
+    if roomy * ENTRY_BYTES <= max_table_bytes { roomy.max(16) } else { tight.max(16) }
 }
 
 /// Where a running score stands between two bytes: the bytes that still matter, and how many of them
@@ -307,34 +324,29 @@ pub enum ModelError {
     /// The order is out of range.
     #[error("context order {0} is not between 1 and {MAX_ORDER}; the snapshot was made by another version")]
     Order(u8),
+    /// The escape of the empty context costs more than any byte may.
+    #[error("escape cost {0} is more than {MAX_COST}; it was written by a faulty program")]
+    Escape(u16),
     /// The table's length is not a power of two or disagrees with the bytes.
     #[error("the n-gram table has an impossible length; the snapshot is damaged, fetch it again")]
     TableLength,
-    /// A look-up might not end.
-    #[error("the n-gram table has no free slot within reach; the snapshot is damaged, fetch it again")]
-    Crowded,
 }
 
 impl ContextModel {
-    fn build(order: u8, trained_bytes: u64, entries: &[KeptNgram], ngrams: &[(u64, u32)]) -> Self {
+    fn build(
+        order: u8,
+        trained_bytes: u64,
+        entries: &[KeptNgram],
+        ngrams: &[(u64, u32)],
+        max_table_bytes: usize,
+    ) -> Self {
         let (total, distinct) = ngrams
             .iter()
             .filter(|(key, _)| key >> 56 == 1)
             .fold((0u64, 0u64), |(total, distinct), (_, count)| (total + u64::from(*count), distinct + 1));
         let escape_all = cost_of_ratio(distinct.max(1), (2 * total).max(1));
-        let mut len = table_len(entries.len());
-        let table = loop {
-            match place(entries, len) {
-                Some(table) => break table,
-                None => len *= 2,
-            }
-        };
+        let table = place(entries, table_len(entries.len(), max_table_bytes));
         Self { order, trained_bytes, escape_all, table }
-    }
-
-    /// Bytes the model was trained on.
-    pub fn trained_bytes(&self) -> u64 {
-        self.trained_bytes
     }
 
     /// Memory of the table, in bytes.
@@ -347,18 +359,17 @@ impl ContextModel {
         let hash = mix(key);
         let tag = (hash >> 32) as u32 | 1;
         let mask = self.table.len().wrapping_sub(1);
-        let mut index = hash as usize & mask;
-        // Bounded by construction and by decode: at most MAX_PROBES occupied slots in a row.
-        loop {
-            let entry = *self.table.get(index)?;
+        let start = hash as usize;
+        for i in 0..MAX_PROBES {
+            let entry = *self.table.get(start.wrapping_add(i) & mask)?;
             if entry.tag == tag {
                 return Some(entry);
             }
             if entry.tag == 0 {
                 return None;
             }
-            index = (index + 1) & mask;
         }
+        None
     }
 
     /// Code length of `byte` after what `state` has seen, in 1/256 bit, at most [`MAX_COST`];
@@ -433,40 +444,30 @@ impl ContextModel {
                 escape: u16::from_le_bytes([g, h]),
             })
             .collect();
-        if longest_run(&table) > MAX_PROBES {
-            return Err(ModelError::Crowded);
+        if escape_all > MAX_COST {
+            return Err(ModelError::Escape(escape_all));
         }
-        Ok(Self { order, trained_bytes, escape_all: escape_all.min(MAX_COST), table })
+        Ok(Self { order, trained_bytes, escape_all, table })
     }
 }
 
-/// The table with `entries` placed in order, or nothing if a look-up would exceed [`MAX_PROBES`].
-fn place(entries: &[KeptNgram], len: usize) -> Option<Vec<Entry>> {
+/// The table with `entries` placed in order, shortest first. One that finds no slot within
+/// [`MAX_PROBES`] is left out: by chance that does not happen, and n-grams made to collide are not worth
+/// a larger table.
+fn place(entries: &[KeptNgram], len: usize) -> Vec<Entry> {
     let mut table = vec![Entry::default(); len];
     for &(key, cost, escape) in entries {
         let hash = mix(key);
-        let mut index = hash as usize & (len - 1);
-        loop {
-            let slot = table.get_mut(index)?;
-            if slot.tag == 0 {
+        for i in 0..MAX_PROBES.min(len) {
+            if let Some(slot) = table.get_mut((hash as usize).wrapping_add(i) & (len - 1))
+                && slot.tag == 0
+            {
                 *slot = Entry { tag: (hash >> 32) as u32 | 1, cost, escape };
                 break;
             }
-            index = (index + 1) & (len - 1);
         }
     }
-    (longest_run(&table) <= MAX_PROBES).then_some(table)
-}
-
-/// Longest run of occupied slots, around the end too; the whole length if none is free.
-fn longest_run(table: &[Entry]) -> usize {
-    let Some(first_free) = table.iter().position(|e| e.tag == 0) else { return usize::MAX };
-    let (mut longest, mut run) = (0, 0);
-    for entry in table.iter().cycle().skip(first_free).take(table.len()) {
-        run = if entry.tag == 0 { 0 } else { run + 1 };
-        longest = longest.max(run);
-    }
-    longest
+    table
 }
 
 #[cfg(test)]
@@ -589,10 +590,60 @@ mod tests {
     }
 
     #[test]
-    fn a_table_without_a_free_slot_is_refused() {
-        let full = [1u8; ENTRY_BYTES * 16];
-        assert_eq!(ContextModel::decode(5, 0, 0, &full), Err(ModelError::Crowded));
+    fn a_look_up_ends_in_a_full_table() {
+        let full = ContextModel::decode(5, 0, 0, &[1u8; ENTRY_BYTES * 16]).unwrap();
+        assert!(full.costs(b"any text").iter().all(|&c| c <= MAX_COST));
+    }
+
+    /// `mix` backwards: the n-gram bytes whose hash has these low bits, if there are such.
+    fn colliding(low_bits: u64, wanted: usize) -> Vec<u64> {
+        fn inverse(odd: u64) -> u64 {
+            (0..6).fold(odd, |x, _| x.wrapping_mul(2u64.wrapping_sub(odd.wrapping_mul(x))))
+        }
+        let (a, b) = (inverse(0x9E37_79B9_7F4A_7C15), inverse(0xBF58_476D_1CE4_E5B9));
+        (0u64..)
+            .map(|high| {
+                let x = ((high << 34) | low_bits).wrapping_mul(b);
+                let x = x ^ (x >> 29) ^ (x >> 58);
+                x.wrapping_mul(a)
+            })
+            .filter(|key| key >> 56 == 6 && mix(*key) & 0x3_ffff_ffff == low_bits && (key >> 48) & 0xff == 0)
+            .take(wanted)
+            .collect()
+    }
+
+    #[test]
+    fn ngrams_made_to_collide_take_neither_memory_nor_time() {
+        let keys = colliding(12345, 70);
+        let mut counts = Counts::new(5, 1 << 18);
+        for key in &keys {
+            counts.train(&key.to_be_bytes()[2..]);
+        }
+        for key in 0..5000u64 {
+            counts.add(keys[0].wrapping_add(key << 34) & !(0xff << 48), 1);
+        }
+        let model = counts.freeze(4 << 20);
+        assert!(model.table_bytes() <= 1 << 20, "{} bytes", model.table_bytes());
+    }
+
+    #[test]
+    fn a_table_stays_within_its_bytes_whatever_was_counted() {
+        let noise: Vec<u8> = (0..60_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 23) as u8).collect();
+        for limit in [64 << 10, 256 << 10, 1 << 20] {
+            let mut counts = Counts::new(5, 1 << 20);
+            counts.train(&noise);
+            counts.train(&noise[..30_000]);
+            let model = counts.freeze(limit);
+            assert!(model.table_bytes() <= limit, "{} of {limit}", model.table_bytes());
+            assert!(model.costs(&noise[..5000]).iter().all(|&c| c <= MAX_COST));
+        }
+    }
+
+    #[test]
+    fn what_is_no_table_is_refused() {
         assert_eq!(ContextModel::decode(5, 0, 0, &[0; 24]), Err(ModelError::TableLength));
         assert_eq!(ContextModel::decode(9, 0, 0, &[0; 128]), Err(ModelError::Order(9)));
+        let escape = MAX_COST + 1;
+        assert_eq!(ContextModel::decode(5, 0, escape, &[0; 128]), Err(ModelError::Escape(escape)));
     }
 }

@@ -24,13 +24,18 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::ENGINE_VERSION;
-use crate::baseline::{Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit};
+use crate::baseline::{
+    Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit, UnitBaseline,
+};
 use crate::calibrate::{UNSEEN_UNIT, messages_for_alpha};
 use crate::evidence::{self, MAX_UNITS, Metrics, Outcome, Scores, Span, UnitSummary, Verdict};
 use crate::score::{UnitScorer, UnitScores};
 
-/// Units of a message that can be under way at once; a further one joins the last.
-pub const MAX_OPEN_UNITS: usize = 16;
+/// Units of a message that can be under way at once; a further one joins the last of its kind.
+pub const MAX_OPEN_UNITS: usize = 80;
+
+/// Most units of one message that are learned from.
+pub const MAX_LEARNED_UNITS: usize = 256;
 
 /// Most bytes of one message that are learned from.
 pub const MAX_MESSAGE_SAMPLE: usize = 64 << 10;
@@ -57,7 +62,7 @@ impl LearningPlan {
     /// the rest to fit ranges.
     ///
     /// # Errors
-    /// [`PlanError`] if no more than half could train.
+    /// [`PlanError`] if more than two thirds would calibrate, or fewer than ten train.
     pub fn new(messages: u32, alpha_ppm: u32) -> Result<Self, PlanError> {
         let calibrate = messages_for_alpha(alpha_ppm).max(messages / 5);
         let rest = messages.saturating_sub(calibrate);
@@ -118,6 +123,7 @@ pub struct UnitId {
 pub struct Detector {
     settings: Settings,
     streams: BTreeMap<String, Stream>,
+    overflowed: u64,
 }
 
 #[derive(Debug)]
@@ -163,7 +169,7 @@ struct OpenUnit {
     id: UnitId,
     /// The kind's place in the baseline; none for a kind that training never saw.
     kind: Option<usize>,
-    scorer: UnitScorer,
+    scorer: Option<UnitScorer>,
     bytes: u64,
 }
 
@@ -194,7 +200,7 @@ impl Detector {
             .into_iter()
             .map(|baseline| (baseline.stream().to_owned(), Stream::Frozen(Arc::new(baseline))))
             .collect();
-        Self { settings, streams }
+        Self { settings, streams, overflowed: 0 }
     }
 
     /// Has `stream` learn by a plan of its own, from nothing. For training offline, where the number of
@@ -202,6 +208,12 @@ impl Detector {
     pub fn learn_by(&mut self, stream: &str, plan: LearningPlan) {
         let trainer = StreamTrainer::new(self.settings.training);
         self.streams.insert(stream.to_owned(), Stream::Training { plan, trainer });
+    }
+
+    /// Occurrences of n-grams that found no room in training (`max_ngrams`) so far: what they would have
+    /// taught was not learned.
+    pub fn overflowed(&self) -> u64 {
+        self.overflowed
     }
 
     /// What it was told.
@@ -320,13 +332,14 @@ impl Detector {
                 let (plan, seen) = (*plan, trainer.messages());
                 if seen >= plan.train {
                     let trainer = core::mem::replace(trainer, StreamTrainer::new(self.settings.training));
+                    self.overflowed = self.overflowed.saturating_add(trainer.overflowed());
                     let models = trainer.freeze();
                     *stream = Stream::Tuning { plan, models, held_out: Vec::new(), held_bytes: 0, seen: 0 };
                 }
                 progress(seen, plan)
             }
             Stream::Tuning { plan, held_out, held_bytes, seen, .. } => {
-                let bytes: usize = units.iter().map(|(_, text)| text.len()).sum();
+                let bytes: usize = units.iter().map(|(_, text)| text.len() + size_of::<TrainingUnit>()).sum();
                 if *held_bytes + bytes <= MAX_HELD_OUT {
                     *held_bytes += bytes;
                     held_out.push(units);
@@ -389,8 +402,9 @@ impl Message {
         match &mut self.mode {
             Mode::Ignore => {}
             Mode::Learn { units, bytes } => {
-                let at = match units.iter().position(|(known, _)| *known == id) {
+                let at = match units.iter().rposition(|(known, _)| *known == id) {
                     Some(at) => at,
+                    None if units.len() >= MAX_LEARNED_UNITS => return,
                     None => {
                         units.push((id, Vec::new()));
                         units.len() - 1
@@ -407,19 +421,23 @@ impl Message {
             Mode::Score { baseline, open, .. } => {
                 let at = match open.iter().position(|unit| unit.id == id) {
                     Some(at) => at,
-                    None if open.len() >= MAX_OPEN_UNITS => open.len() - 1,
+                    None if open.len() >= MAX_OPEN_UNITS => {
+                        let same = open.iter().rposition(|unit| unit.id.name == id.name);
+                        same.unwrap_or(open.len() - 1)
+                    }
                     None => {
                         let kind = baseline.units().iter().position(|unit| unit.name == id.name);
                         let known = kind.and_then(|kind| baseline.units().get(kind));
-                        let scorer = UnitScorer::new(known.map_or(0, |unit| unit.normaliser.expected));
+                        let scorer = known.map(UnitBaseline::scorer);
                         open.push(OpenUnit { id, kind, scorer, bytes: 0 });
                         open.len() - 1
                     }
                 };
                 if let Some(unit) = open.get_mut(at) {
                     unit.bytes += text.len() as u64;
-                    if let Some(known) = unit.kind.and_then(|kind| baseline.units().get(kind)) {
-                        unit.scorer.push(&known.model, text, body_offset);
+                    let known = unit.kind.and_then(|kind| baseline.units().get(kind));
+                    if let (Some(known), Some(scorer)) = (known, &mut unit.scorer) {
+                        scorer.push(&known.model, text, body_offset);
                     }
                 }
             }
@@ -447,13 +465,16 @@ impl Finished {
         if unit.bytes == 0 {
             return;
         }
-        let scores = unit.scorer.finish();
-        let statistic = match unit.kind.and_then(|kind| baseline.units().get(kind)) {
-            Some(known) => known.normaliser.statistic(&scores),
-            None => UNSEEN_UNIT,
+        let known = unit.kind.and_then(|kind| baseline.units().get(kind));
+        let (scores, statistic) = match (known, unit.scorer) {
+            (Some(known), Some(scorer)) => {
+                let scores = scorer.finish(&known.model);
+                (scores, known.ranges.statistic(&scores))
+            }
+            _ => (UnitScores::default(), UNSEEN_UNIT),
         };
         self.units += 1;
-        self.bytes += scores.bytes;
+        self.bytes += unit.bytes;
         self.cost += scores.cost;
         let at = self.strangest.partition_point(|known| known.statistic >= statistic);
         if at < MAX_UNITS {
@@ -478,10 +499,10 @@ impl Finished {
         verdict.unit = Some(driver.id.name);
         verdict.unit_index = Some(driver.id.index);
         if let Some(known) = driver.kind.and_then(|kind| baseline.units().get(kind)) {
-            let normaliser = &known.normaliser;
-            verdict.scores = Some(Scores::new(driver.statistic, &driver.scores, normaliser));
+            let ranges = &known.ranges;
+            verdict.scores = Some(Scores::new(driver.statistic, &driver.scores, ranges));
             let spans = driver.scores.spans.iter().filter(|span| span.excess > 0);
-            verdict.spans = spans.map(|span| Span::new(span, normaliser.expected)).collect();
+            verdict.spans = spans.map(|span| Span::new(span, ranges.expected)).collect();
         }
     }
 }

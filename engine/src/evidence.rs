@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 
 use serde::Serialize;
 
-use crate::calibrate::{Normaliser, PValue, UNIT_SCORE, UNSEEN_UNIT};
+use crate::calibrate::{NormalRanges, PValue, UNIT_SCORE, UNSEEN_UNIT};
 use crate::score::{ExcessSpan, UnitScores};
 
 /// What came of inspecting a message.
@@ -94,9 +94,9 @@ pub struct Scores {
     /// 90th percentile. Absent for a kind of unit that the baseline has never seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub statistic: Option<f64>,
-    /// Bits per byte.
+    /// Bits per scored byte; a volatile token counts as the three bytes of its marker.
     pub mean_bits: f64,
-    /// Bits per byte expected.
+    /// Bits per scored byte expected.
     pub expected_mean_bits: f64,
     /// (T - mu L) / sqrt(L), bits per square root of a byte.
     pub standardised: f64,
@@ -181,12 +181,12 @@ pub(crate) fn mean_bits(scores: &UnitScores) -> f64 {
 }
 
 impl Scores {
-    pub(crate) fn new(value: i64, unit: &UnitScores, normaliser: &Normaliser) -> Self {
+    pub(crate) fn new(value: i64, unit: &UnitScores, ranges: &NormalRanges) -> Self {
         Self {
             statistic: statistic(value),
             mean_bits: mean_bits(unit),
-            expected_mean_bits: ratio(u128::from(normaliser.expected), 1 << 16),
-            standardised: bits(i128::from(unit.standardised(normaliser.expected))),
+            expected_mean_bits: ratio(u128::from(ranges.expected), 1 << 16),
+            standardised: bits(i128::from(unit.standardised(ranges.expected))),
             peak: bits(i128::from(unit.peak())),
             max_excess_bits: bits(i128::from(unit.max_excess())),
         }

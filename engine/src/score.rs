@@ -22,6 +22,7 @@
 //! Left out on purpose: turning scores into p-values (see [`crate::calibrate`]).
 
 use crate::coder::{ContextModel, MAX_COST, State, UNITS_PER_BIT, log2_fixed};
+use crate::normalise::{ClassSet, Normaliser, Piece};
 
 /// How many spans are kept as evidence.
 pub const MAX_SPANS: usize = 3;
@@ -72,10 +73,19 @@ pub struct ExcessSpan {
 /// Running score of one content unit.
 #[derive(Clone, Debug)]
 pub struct UnitScorer {
+    /// Puts markers in the place of volatile tokens.
+    normaliser: Normaliser,
+    accounts: Accounts,
+}
+
+/// The sums behind the scores.
+#[derive(Clone, Debug)]
+struct Accounts {
     state: State,
     /// Expected cost of a byte plus the margin, 1/256 bit.
     reference: u32,
     bytes: u64,
+    source_bytes: u64,
     cost: u64,
     /// The excursion under way: from where the CUSUM last left zero to its highest point so far.
     current: ExcessSpan,
@@ -90,8 +100,10 @@ pub struct UnitScorer {
 /// The finished scores of a unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UnitScores {
-    /// Bytes scored.
+    /// Bytes scored: those of the normalised text.
     pub bytes: u64,
+    /// Bytes of the text itself.
+    pub source_bytes: u64,
     /// Code length C(x|B), 1/256 bit.
     pub cost: u64,
     /// Sum of 2^(c/4) over the bytes' costs c, in 1/256.
@@ -101,11 +113,6 @@ pub struct UnitScores {
 }
 
 impl UnitScores {
-    /// Mean code length of a byte, in 1/65536 bit; 0 for an empty unit.
-    pub fn mean_cost(&self) -> u64 {
-        (self.cost * u64::from(UNITS_PER_BIT)).checked_div(self.bytes).unwrap_or(0)
-    }
-
     /// Excess of the largest span, 1/256 bit.
     pub fn max_excess(&self) -> u64 {
         self.spans.first().map_or(0, |span| span.excess)
@@ -127,51 +134,99 @@ impl UnitScores {
 }
 
 impl UnitScorer {
-    /// `expected`: the calibrated mean cost of a byte, 1/65536 bit.
-    pub fn new(expected: u64) -> Self {
+    /// `expected`: the calibrated mean cost of a byte, 1/65536 bit. `normalised`: the classes of token
+    /// that markers stand for; those that the model was trained with.
+    pub fn new(expected: u64, normalised: ClassSet) -> Self {
+        let reference = (expected / u64::from(UNITS_PER_BIT)).min(u64::from(MAX_COST)) as u32 + EXCESS_MARGIN;
         Self {
-            state: State::default(),
-            reference: (expected / u64::from(UNITS_PER_BIT)).min(u64::from(MAX_COST)) as u32 + EXCESS_MARGIN,
-            bytes: 0,
-            cost: 0,
-            current: ExcessSpan::default(),
-            height: 0,
-            running_cost: 0,
-            spans: [ExcessSpan::default(); MAX_SPANS],
-            peak_sum: 0,
+            normaliser: Normaliser::new(normalised),
+            accounts: Accounts {
+                state: State::default(),
+                reference,
+                bytes: 0,
+                source_bytes: 0,
+                cost: 0,
+                current: ExcessSpan::default(),
+                height: 0,
+                running_cost: 0,
+                spans: [ExcessSpan::default(); MAX_SPANS],
+                peak_sum: 0,
+            },
         }
     }
 
     /// Scores the unit's next bytes. `body_offset` is where `text` stands in the message body; a
     /// stretch without escapes advances one for one.
     pub fn push(&mut self, model: &ContextModel, text: &[u8], body_offset: u64) {
-        let mut state = self.state;
-        for (i, &byte) in text.iter().enumerate() {
-            let cost = model.step(&mut state, byte);
-            self.account(cost, body_offset + i as u64);
+        let accounts = &mut self.accounts;
+        self.normaliser.push(text, body_offset, &mut |piece| accounts.piece(model, piece));
+    }
+
+    /// The scores of what has been pushed.
+    pub fn finish(self, model: &ContextModel) -> UnitScores {
+        let mut accounts = self.accounts;
+        self.normaliser.finish(&mut |piece| accounts.piece(model, piece));
+        accounts.keep_current();
+        UnitScores {
+            bytes: accounts.bytes,
+            source_bytes: accounts.source_bytes,
+            cost: accounts.cost,
+            peak_sum: accounts.peak_sum,
+            spans: accounts.spans,
         }
+    }
+}
+
+/// Where one scored byte comes from, in the unit's text and in the body; half open.
+#[derive(Clone, Copy)]
+struct Source {
+    start: u64,
+    end: u64,
+    body_start: u64,
+    body_end: u64,
+}
+
+impl Accounts {
+    #[inline]
+    fn piece(&mut self, model: &ContextModel, piece: Piece<'_>) {
+        let mut state = self.state;
+        if piece.class.is_none() {
+            for (&byte, i) in piece.text.iter().zip(0u64..) {
+                let cost = model.step(&mut state, byte);
+                let (start, body_start) = (piece.offset + i, piece.body_start + i);
+                self.account(cost, Source { start, end: start + 1, body_start, body_end: body_start + 1 });
+            }
+        } else {
+            // Each byte of a marker stands for the whole token.
+            let source = Source {
+                start: piece.offset,
+                end: piece.offset + piece.source_len,
+                body_start: piece.body_start,
+                body_end: piece.body_end,
+            };
+            for &byte in piece.text {
+                let cost = model.step(&mut state, byte);
+                self.account(cost, source);
+            }
+        }
+        self.source_bytes += piece.source_len;
         self.state = state;
     }
 
-    /// Bytes scored so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     #[inline(always)]
-    fn account(&mut self, cost: u16, body_offset: u64) {
+    fn account(&mut self, cost: u16, source: Source) {
         let wide = u64::from(cost);
         self.cost += wide;
         if self.height == 0 {
-            if cost as u32 > self.reference {
+            if u32::from(cost) > self.reference {
                 self.keep_current();
-                self.current =
-                    ExcessSpan { start: self.bytes, body_start: body_offset, ..Default::default() };
+                let (start, body_start) = (source.start, source.body_start);
+                self.current = ExcessSpan { start, body_start, ..ExcessSpan::default() };
                 self.running_cost = 0;
-                self.rise(wide, body_offset);
+                self.rise(wide, source);
             }
         } else {
-            self.rise(wide, body_offset);
+            self.rise(wide, source);
         }
         let weight = PEAK_WEIGHTS.get(usize::from(cost) >> PEAK_SHIFT).copied().unwrap_or(u32::MAX);
         self.peak_sum += u64::from(weight);
@@ -179,14 +234,14 @@ impl UnitScorer {
     }
 
     #[inline(always)]
-    fn rise(&mut self, cost: u64, body_offset: u64) {
+    fn rise(&mut self, cost: u64, source: Source) {
         self.running_cost += cost;
         self.height = (self.height + cost).saturating_sub(u64::from(self.reference));
         if self.height > self.current.excess {
             self.current.excess = self.height;
             self.current.cost = self.running_cost;
-            self.current.end = self.bytes + 1;
-            self.current.body_end = body_offset + 1;
+            self.current.end = source.end;
+            self.current.body_end = source.body_end;
         }
     }
 
@@ -194,12 +249,6 @@ impl UnitScorer {
     fn keep_current(&mut self) {
         insert_span(&mut self.spans, self.current);
         self.current = ExcessSpan::default();
-    }
-
-    /// The scores of what has been pushed.
-    pub fn finish(mut self) -> UnitScores {
-        self.keep_current();
-        UnitScores { bytes: self.bytes, cost: self.cost, peak_sum: self.peak_sum, spans: self.spans }
     }
 }
 
@@ -257,17 +306,17 @@ mod tests {
             cuts in prop::collection::vec(0usize..300, 0..8),
         ) {
             let model = model();
-            let mut whole = UnitScorer::new(300 << 8);
+            let mut whole = UnitScorer::new(300 << 8, ClassSet::NONE);
             whole.push(&model, &unit, 1000);
-            let whole = whole.finish();
+            let whole = whole.finish(&model);
 
             let mut cuts: Vec<usize> = cuts.into_iter().map(|c| c.min(unit.len())).chain([0, unit.len()]).collect();
             cuts.sort_unstable();
-            let mut split = UnitScorer::new(300 << 8);
+            let mut split = UnitScorer::new(300 << 8, ClassSet::NONE);
             for pair in cuts.windows(2) {
                 split.push(&model, &unit[pair[0]..pair[1]], 1000 + pair[0] as u64);
             }
-            prop_assert_eq!(whole, split.finish());
+            prop_assert_eq!(whole, split.finish(&model));
 
             let costs = model.costs(&unit);
             prop_assert_eq!(whole.cost, costs.iter().map(|&c| u64::from(c)).sum::<u64>());
@@ -294,18 +343,43 @@ mod tests {
     }
 
     #[test]
+    fn a_token_is_scored_as_a_marker_and_every_split_agrees() {
+        let model = model();
+        let text =
+            "order 6f1c9f0e-5b1a-4c58-9f6e-2f1f0b8a7c11 of <script> 2026-11-23T10:00:00Z customer".as_bytes();
+        let run = |cut: usize, classes| {
+            let mut scorer = UnitScorer::new(300 << 8, classes);
+            scorer.push(&model, &text[..cut], 50);
+            scorer.push(&model, &text[cut..], 50 + cut as u64);
+            scorer.finish(&model)
+        };
+        let whole = run(0, ClassSet::VOLATILE);
+        assert_eq!(whole.source_bytes, text.len() as u64);
+        assert_eq!(whole.bytes, text.len() as u64 - (36 - 3) - (20 - 3));
+        assert!(whole.cost * 2 < run(0, ClassSet::NONE).cost);
+        for cut in 1..text.len() {
+            assert_eq!(run(cut, ClassSet::VOLATILE), whole, "cut at {cut}");
+        }
+        // Offsets are those of the text, not of the markers.
+        let script = 46..54usize;
+        assert_eq!(&text[script.clone()], b"<script>");
+        let near = whole.spans.iter().find(|s| s.start <= script.start as u64 && s.end >= script.end as u64);
+        assert!(near.is_some_and(|span| span.body_start == span.start + 50), "{:?}", whole.spans);
+    }
+
+    #[test]
     fn the_largest_span_is_where_the_odd_text_is() {
         let model = model();
         let text = b"order 12 of customer 7 ';DROP TABLE-- is on its way";
-        let mut scorer = UnitScorer::new(300 << 8);
+        let mut scorer = UnitScorer::new(300 << 8, ClassSet::NONE);
         scorer.push(&model, text, 0);
-        let span = scorer.finish().spans[0];
+        let span = scorer.finish(&model).spans[0];
         let found = &text[span.start as usize..span.end as usize];
         assert!(found.windows(10).any(|w| w == b"DROP TABLE"), "{:?}", core::str::from_utf8(found));
     }
 
     #[test]
     fn a_running_score_is_small() {
-        assert!(core::mem::size_of::<UnitScorer>() <= 512);
+        assert!(core::mem::size_of::<UnitScorer>() <= 768, "{}", core::mem::size_of::<UnitScorer>());
     }
 }

@@ -34,6 +34,8 @@ pub(crate) enum BufferType {
 
 const OK: u32 = 0;
 const NOT_FOUND: u32 = 1;
+/// What a read that came back short is reported as.
+pub(crate) const BAD_ARGUMENT: HostError = HostError(2);
 const COUNTER: u32 = 0;
 const NO_GRPC_STATUS: i32 = -1;
 
@@ -61,6 +63,7 @@ unsafe extern "C" {
         value: *const u8,
         value_size: usize,
     ) -> u32;
+    fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
     fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> u32;
     fn proxy_define_metric(kind: u32, name: *const u8, size: usize, id: *mut u32) -> u32;
     fn proxy_increment_metric(id: u32, by: i64) -> u32;
@@ -122,6 +125,14 @@ pub(crate) fn set_header(map: MapType, name: &str, value: &str) -> Result<(), Ho
     checked(unsafe {
         proxy_replace_header_map_value(map as u32, name.as_ptr(), name.len(), value.as_ptr(), value.len())
     })
+}
+
+pub(crate) fn remove_header(map: MapType, name: &str) -> Result<(), HostError> {
+    // SAFETY: pointer and length are of a live slice, which the host only reads.
+    match unsafe { proxy_remove_header_map_value(map as u32, name.as_ptr(), name.len()) } {
+        NOT_FOUND => Ok(()),
+        status => checked(status),
+    }
 }
 
 /// `path` is one element: a NUL inside it would split it.

@@ -162,12 +162,14 @@ struct Proxy {
     counters: Rc<Counters>,
 }
 
-/// Body bytes from `start` to `size`.
+/// Body bytes from `start` to `size`; fewer than that is an error, for what is missing was not seen.
 fn body(kind: BufferType, start: usize, size: usize) -> Result<Vec<u8>, HostError> {
-    match size.saturating_sub(start) {
-        0 => Ok(Vec::new()),
-        wanted => hostcall::buffer(kind, start, wanted),
+    let wanted = size.checked_sub(start).ok_or(hostcall::BAD_ARGUMENT)?;
+    if wanted == 0 {
+        return Ok(Vec::new());
     }
+    let bytes = hostcall::buffer(kind, start, wanted)?;
+    if bytes.len() == wanted { Ok(bytes) } else { Err(hostcall::BAD_ARGUMENT) }
 }
 
 impl Host for Proxy {
@@ -181,6 +183,10 @@ impl Host for Proxy {
 
     fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError> {
         hostcall::set_header(MapType::ResponseHeaders, name, value)
+    }
+
+    fn remove_response_header(&mut self, name: &str) -> Result<(), HostError> {
+        hostcall::remove_header(MapType::ResponseHeaders, name)
     }
 
     fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {

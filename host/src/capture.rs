@@ -213,7 +213,8 @@ impl Row {
     /// # Errors
     /// [`CaptureError::Message`] where a raw exchange or its response does not parse.
     pub fn into_exchange(self) -> Result<Exchange, CaptureError> {
-        let text = |body: String| (vec![("content-type".to_owned(), "text/plain".to_owned())], body.into_bytes());
+        let text =
+            |body: String| (vec![("content-type".to_owned(), "text/plain".to_owned())], body.into_bytes());
         let empty = |status| HttpResponse { status, headers: Vec::new(), body: Vec::new() };
         let post = |target: &str, text: (Vec<(String, String)>, Vec<u8>)| HttpRequest {
             method: "POST".to_owned(),
@@ -353,9 +354,8 @@ mod tests {
 
     #[test]
     fn a_broken_exchange_names_the_part() {
-        let rows = rows_of(
-            br#"{"id": 1, "kind": "http_exchange", "text": "GET / HTTP/1.1\r\nnocolon\r\n\r\n"}"#,
-        );
+        let rows =
+            rows_of(br#"{"id": 1, "kind": "http_exchange", "text": "GET / HTTP/1.1\r\nnocolon\r\n\r\n"}"#);
         let error = rows.into_iter().next().unwrap().unwrap().into_exchange().unwrap_err().to_string();
         assert_eq!(error, "line 1: the request is not an HTTP/1.1 message: a header line has no colon");
     }

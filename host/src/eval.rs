@@ -18,7 +18,6 @@ use std::time::Instant;
 
 use comfy_table::{Table, presets};
 use driftlock_engine::baseline::{StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit};
-use driftlock_engine::score::UnitScorer;
 use serde::Serialize;
 
 use crate::capture::{self, CaptureError};
@@ -51,7 +50,9 @@ pub enum EvalError {
     #[error(transparent)]
     Capture(#[from] CaptureError),
     /// Too few normals to split.
-    #[error("{path} has {normals} different normal texts; at least 50 are needed to train, calibrate and test")]
+    #[error(
+        "{path} has {normals} different normal texts; at least 50 are needed to train, calibrate and test"
+    )]
     TooFew {
         /// Which file.
         path: PathBuf,
@@ -147,10 +148,12 @@ pub fn evaluate(path: &Path, seed: u64) -> Result<Evaluation, EvalError> {
     let normal_statistics: Vec<i64> = test_units.iter().map(|units| baseline.statistic(units)).collect();
     let attack_statistics: Vec<i64> = attack_units.iter().map(|units| baseline.statistic(units)).collect();
     let seconds = started.elapsed().as_secs_f64();
-    let bytes: usize = test.iter().map(Vec::len).sum::<usize>() + attacks.iter().map(|(_, t)| t.len()).sum::<usize>();
+    let bytes: usize =
+        test.iter().map(Vec::len).sum::<usize>() + attacks.iter().map(|(_, t)| t.len()).sum::<usize>();
 
     let share = |alpha_ppm| {
-        let flagged = normal_statistics.iter().filter(|&&s| baseline.calibration().p_value(s).at_most(alpha_ppm));
+        let flagged =
+            normal_statistics.iter().filter(|&&s| baseline.calibration().p_value(s).at_most(alpha_ppm));
         flagged.count() as f64 / test.len() as f64
     };
     let mut by_label: BTreeMap<String, Vec<i64>> = BTreeMap::new();
@@ -191,11 +194,11 @@ fn bits_per_byte(baseline: &StreamBaseline, texts: &[Vec<u8>]) -> f64 {
     let Some(unit) = baseline.unit("body") else { return 0.0 };
     let (mut cost, mut bytes) = (0u64, 0u64);
     for text in texts {
-        let mut scorer = UnitScorer::new(unit.normaliser.expected);
+        let mut scorer = unit.scorer();
         scorer.push(&unit.model, text, 0);
-        let scores = scorer.finish();
+        let scores = scorer.finish(&unit.model);
         cost += scores.cost;
-        bytes += scores.bytes;
+        bytes += scores.source_bytes;
     }
     cost as f64 / 256.0 / bytes.max(1) as f64
 }
@@ -235,7 +238,8 @@ fn detection(normals: &[i64], attacks: &[i64]) -> Detection {
 pub fn run(args: &Args) -> Result<(), EvalError> {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header([
-        "file", "label", "attacks", "AUROC", "TPR@1%", "TPR@0.1%", "FPR@1%", "FPR@0.1%", "bits/B", "us/msg", "MB/s",
+        "file", "label", "attacks", "AUROC", "TPR@1%", "TPR@0.1%", "FPR@1%", "FPR@0.1%", "bits/B", "us/msg",
+        "MB/s",
     ]);
     let figure = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
     for path in &args.files {
@@ -310,7 +314,8 @@ mod tests {
         assert_eq!((evaluation.all.n_attack, evaluation.labels["sqli"].n_attack), (40, 40));
         assert!(evaluation.fpr_at_alpha_1pct <= 0.05 && evaluation.n_normal > 100);
         let json = serde_json::to_value(&evaluation).unwrap();
-        for key in ["file", "detector", "auroc", "tpr_at_fpr_1pct", "tpr_at_fpr_01pct", "mb_per_s", "labels"] {
+        for key in ["file", "detector", "auroc", "tpr_at_fpr_1pct", "tpr_at_fpr_01pct", "mb_per_s", "labels"]
+        {
             assert!(!json[key].is_null(), "{key}");
         }
     }

@@ -76,7 +76,7 @@ pub enum ExplainError {
     #[error("no exchange in {0} is anomalous under this baseline; name one with --id")]
     NothingAnomalous(PathBuf),
     /// It cannot be sent, so no proxy would see it.
-    #[error("the exchange cannot be inspected: {0}")]
+    #[error("the exchange cannot be inspected")]
     NotSendable(#[from] wire::NotSendable),
     /// Writing.
     #[error("cannot write: {0}")]
@@ -121,8 +121,9 @@ pub fn unit_texts(exchange: &Exchange) -> [Vec<UnitText>; 2] {
             let _ = parser.finish(texts);
         }
     };
-    let content_type =
-        |headers: &[(String, String)]| capture::header(headers, "content-type").map(|v| v.as_bytes().to_vec());
+    let content_type = |headers: &[(String, String)]| {
+        capture::header(headers, "content-type").map(|v| v.as_bytes().to_vec())
+    };
     let path = request.target.as_bytes();
     let parser = BodyParser::for_request(path, content_type(&request.headers).as_deref());
     read(parser, &request.body, &mut texts);
@@ -155,7 +156,13 @@ pub fn run(args: &Args) -> Result<(), ExplainError> {
         if args.id.as_ref().is_some_and(|id| *id != exchange.id) {
             continue;
         }
-        let exchange = wire::on_the_wire(exchange)?;
+        let exchange = match wire::on_the_wire(exchange) {
+            Err(error) if args.id.is_none() => {
+                tracing::warn!("an exchange that no proxy would see: {error}");
+                continue;
+            }
+            mapped => mapped?,
+        };
         let verdicts = native::inspect(&mut plugin, &exchange);
         let parsed = [verdicts.request, verdicts.response]
             .map(|json| json.and_then(|json| serde_json::from_str::<Value>(&json).ok()));
@@ -187,7 +194,10 @@ pub fn render(
         let Some(verdict) = verdict else { continue };
         let stream = verdict["stream"].as_str().unwrap_or_default();
         let outcome = verdict["outcome"].as_str().unwrap_or_default();
-        out += &format!("{bold}{direction}{bold:#} of exchange {}: {bold}{outcome}{bold:#}", exchange.id);
+        out += &format!(
+            "{bold}{direction}{bold:#} of exchange {}: {bold}{outcome}{bold:#}",
+            exchange.id.escape_debug()
+        );
         if let Some(reason) = verdict["reason"].as_str() {
             out += &format!(" ({reason})");
         }
@@ -264,12 +274,12 @@ fn render_unit(
     let Some(known) = baseline.unit(name) else {
         return out + "    training saw no unit of this kind\n";
     };
-    let costs = known.model.costs(&unit.text);
-    let expected = (known.normaliser.expected >> 8) as u32;
+    let costs = known.costs(&unit.text);
+    let expected = (known.ranges.expected >> 8) as u32;
     // The window of the text around the first span.
     let middle = spans.first().map_or(0, |(start, ..)| *start);
-    let from = middle.saturating_sub(max_bytes / 4);
-    let to = (from + max_bytes).min(unit.text.len());
+    let from = middle.saturating_sub(max_bytes / 4).min(unit.text.len());
+    let to = from.saturating_add(max_bytes).min(unit.text.len());
     let mut shown = String::new();
     let mut style = Style::new();
     let text = &unit.text[from..to];
@@ -278,7 +288,7 @@ fn render_unit(
         for c in chunk.valid().chars() {
             let width = c.len_utf8();
             let cost = costs[at..at + width].iter().copied().max().unwrap_or(0);
-            change_style(&mut shown, &mut style, heat(u32::from(cost), expected));
+            change_style(&mut shown, &mut style, heat(cost, expected));
             if c == '\n' {
                 shown += "\n    | ";
             } else if c.is_control() {
@@ -289,7 +299,7 @@ fn render_unit(
             at += width;
         }
         for byte in chunk.invalid() {
-            change_style(&mut shown, &mut style, heat(u32::from(costs[at]), expected));
+            change_style(&mut shown, &mut style, heat(costs[at], expected));
             shown += &format!("\\x{byte:02x}");
             at += 1;
         }

@@ -73,12 +73,14 @@ pub enum ConfigurationError {
     },
 }
 
-/// The plugin configuration in `config`, with the snapshot in `baseline` as its `baseline` and, unless
-/// it says otherwise, no learning.
+/// The plugin configuration in `config`, with the snapshot in `baseline` as its `baseline`.
 ///
 /// # Errors
 /// [`ConfigurationError`] if a file cannot be read or is no JSON object.
-pub fn plugin_configuration(config: Option<&Path>, baseline: Option<&Path>) -> Result<Vec<u8>, ConfigurationError> {
+pub fn plugin_configuration(
+    config: Option<&Path>,
+    baseline: Option<&Path>,
+) -> Result<Vec<u8>, ConfigurationError> {
     let read = |path: &Path| {
         std::fs::read(path).map_err(|source| ConfigurationError::Read { path: path.to_owned(), source })
     };
@@ -89,9 +91,10 @@ pub fn plugin_configuration(config: Option<&Path>, baseline: Option<&Path>) -> R
         reason,
     };
     let mut value: Value = serde_json::from_slice(&bytes).map_err(|error| json_error(error.to_string()))?;
-    let Some(fields) = value.as_object_mut() else { return Err(json_error("it is another JSON value".to_owned())) };
+    let Some(fields) = value.as_object_mut() else {
+        return Err(json_error("it is another JSON value".to_owned()));
+    };
     fields.insert("baseline".to_owned(), Value::String(STANDARD.encode(read(baseline)?)));
-    fields.entry("learn").or_insert(Value::Null);
     Ok(value.to_string().into_bytes())
 }
 
@@ -136,6 +139,8 @@ pub struct Trained {
     pub snapshot: Snapshot,
     /// Streams that had too few messages, with how many.
     pub left_out: Vec<(String, u32, PlanError)>,
+    /// Occurrences of n-grams that found no room under `limits.max_ngrams`.
+    pub overflowed: u64,
 }
 
 /// Learns from `exchanges`, in an order drawn from `seed`.
@@ -148,7 +153,8 @@ pub fn train(exchanges: Vec<Exchange>, mut config: Config, seed: u64) -> Result<
     config.settings.max_streams = usize::MAX;
     config.report.filter_state = true;
     config.snapshot = Snapshot::default();
-    let mut exchanges: Vec<Exchange> = exchanges.into_iter().filter_map(|e| wire::on_the_wire(e).ok()).collect();
+    let mut exchanges: Vec<Exchange> =
+        exchanges.into_iter().filter_map(|e| wire::on_the_wire(e).ok()).collect();
     shuffle(&mut exchanges, seed);
 
     let mut counter = Plugin::new(config.clone());
@@ -158,7 +164,9 @@ pub fn train(exchanges: Vec<Exchange>, mut config: Config, seed: u64) -> Result<
         for json in [verdicts.request, verdicts.response].into_iter().flatten() {
             // A message that is whole and well-formed lacks nothing but a baseline.
             let verdict: Value = serde_json::from_str(&json).unwrap_or_default();
-            if let (Some("no_baseline"), Some(stream)) = (verdict["reason"].as_str(), verdict["stream"].as_str()) {
+            if let (Some("no_baseline"), Some(stream)) =
+                (verdict["reason"].as_str(), verdict["stream"].as_str())
+            {
                 *counts.entry(stream.to_owned()).or_default() += 1;
             }
         }
@@ -182,7 +190,7 @@ pub fn train(exchanges: Vec<Exchange>, mut config: Config, seed: u64) -> Result<
     {
         return Err(TrainError::TooFew { stream: stream.clone(), error: *error });
     }
-    Ok(Trained { snapshot, left_out })
+    Ok(Trained { snapshot, left_out, overflowed: learner.detector().overflowed() })
 }
 
 /// Fisher and Yates, by a ChaCha8 stream.
@@ -194,15 +202,23 @@ pub fn shuffle<T>(items: &mut [T], seed: u64) {
     }
 }
 
+/// The configuration that the filter will run with, less what training replaces: the baseline, and how
+/// many messages to learn from.
+fn training_configuration(path: Option<&Path>) -> Result<Config, TrainError> {
+    let bytes = plugin_configuration(path, None)?;
+    let mut value: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+    let Some(fields) = value.as_object_mut() else { return Ok(Config::parse(&bytes)?) };
+    fields.remove("baseline");
+    fields.insert("learn".to_owned(), serde_json::json!({"messages": u32::MAX}));
+    Ok(Config::parse(value.to_string().as_bytes())?)
+}
+
 /// Runs `driftlock train`.
 ///
 /// # Errors
 /// [`TrainError`].
 pub fn run(args: &Args) -> Result<(), TrainError> {
-    let config = match plugin_configuration(args.config.as_deref(), None)? {
-        bytes if args.config.is_some() => Config::parse(&bytes)?,
-        _ => Config::parse(b"")?,
-    };
+    let config = training_configuration(args.config.as_deref())?;
     let mut exchanges = Vec::new();
     for file in &args.files {
         for row in capture::open(file)? {
@@ -244,6 +260,12 @@ pub fn run(args: &Args) -> Result<(), TrainError> {
             error.needed,
             f64::from(alpha_ppm) / 1e6,
             messages_for_alpha(alpha_ppm),
+        );
+    }
+    if trained.overflowed > 0 {
+        anstream::eprintln!(
+            "{} occurrences of n-grams found no room and were not learned; raise limits.max_ngrams in the configuration",
+            trained.overflowed,
         );
     }
     anstream::println!(

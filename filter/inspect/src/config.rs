@@ -8,6 +8,7 @@
 //!
 //! Left out on purpose: defaults that depend on traffic. Every default is a constant here.
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
@@ -94,7 +95,7 @@ pub enum ConfigError {
     Alpha(f64),
     /// Too few messages to learn from.
     #[error("plugin configuration, at learn.messages: {0}")]
-    Plan(#[from] PlanError),
+    Plan(PlanError),
     /// `baseline` is not base64.
     #[error(
         "plugin configuration, at baseline: not base64 ({0}); use the output of `driftlock train --base64`"
@@ -102,7 +103,7 @@ pub enum ConfigError {
     Base64(String),
     /// `baseline` is no usable snapshot.
     #[error("plugin configuration, at baseline: {0}")]
-    Baseline(#[from] SnapshotError),
+    Baseline(SnapshotError),
     /// A stream's calibration is too small for `alpha`, so it could never raise an alarm.
     #[error(
         "plugin configuration, at alpha: the baseline of stream {stream} has {calibrated} calibration messages and can reach alpha {least} at best; raise alpha or train on more"
@@ -115,11 +116,21 @@ pub enum ConfigError {
         /// 1 / (n + 1).
         least: f64,
     },
-    /// Neither a baseline nor learning.
+    /// Neither a baseline (or one without a stream) nor learning.
     #[error(
-        "plugin configuration: learn is null and there is no baseline, so nothing could ever be judged; give one of them"
+        "plugin configuration: learn is null and there is no baseline with a stream, so nothing could ever be judged; give one of them"
     )]
     Nothing,
+    /// The baseline is that of another name, so it would judge nothing.
+    #[error(
+        "plugin configuration, at name: {name:?} is not that of the baseline, whose streams are such as {stream}; set the name it was trained with"
+    )]
+    OtherName {
+        /// What the configuration says.
+        name: String,
+        /// A stream of the baseline.
+        stream: String,
+    },
     /// A bound that leaves no room.
     #[error("plugin configuration, at {field}: {value} is less than {least}")]
     TooSmall {
@@ -140,7 +151,9 @@ pub enum ConfigError {
 struct Document {
     name: String,
     alpha: f64,
-    learn: Option<Learn>,
+    /// Absent: learn if there is no baseline. Null: never.
+    #[serde(deserialize_with = "present")]
+    learn: Option<Option<Learn>>,
     baseline: Option<String>,
     limits: Limits,
     uninspectable: Uninspectable,
@@ -152,6 +165,14 @@ struct Document {
 struct Learn {
     messages: u32,
 }
+
+/// Tells a null from an absent field.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Option<Learn>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+/// Messages that a stream learns from where the configuration does not say.
+const DEFAULT_LEARNED_MESSAGES: u32 = 1000;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -168,7 +189,7 @@ impl Default for Document {
         Self {
             name: "default".to_string(),
             alpha: 0.002,
-            learn: Some(Learn { messages: 1000 }),
+            learn: None,
             baseline: None,
             limits: Limits::default(),
             uninspectable: Uninspectable::default(),
@@ -244,19 +265,29 @@ impl Document {
                 return Err(ConfigError::TooSmall { field, value, least });
             }
         }
-        let learning = match &self.learn {
-            Some(learn) => Some(LearningPlan::new(learn.messages, alpha_ppm)?),
+        // What an operator trained is not taught anything new by the traffic.
+        let default = || self.baseline.is_none().then_some(Learn { messages: DEFAULT_LEARNED_MESSAGES });
+        let learning = match &self.learn.unwrap_or_else(default) {
+            Some(learn) => Some(LearningPlan::new(learn.messages, alpha_ppm).map_err(ConfigError::Plan)?),
             None => None,
         };
         let snapshot = match &self.baseline {
             Some(text) => {
                 let bytes: Vec<u8> =
                     STANDARD.decode(text.trim()).map_err(|error| ConfigError::Base64(error.to_string()))?;
-                Snapshot::decode(&bytes)?
+                Snapshot::decode(&bytes).map_err(ConfigError::Baseline)?
             }
-            None if learning.is_none() => return Err(ConfigError::Nothing),
             None => Snapshot::default(),
         };
+        if learning.is_none() && snapshot.streams().is_empty() {
+            return Err(ConfigError::Nothing);
+        }
+        let prefix = format!("{}/", self.name);
+        if let Some(other) =
+            snapshot.streams().iter().find(|baseline| !baseline.stream().starts_with(&prefix))
+        {
+            return Err(ConfigError::OtherName { name: self.name, stream: other.stream().to_string() });
+        }
         for baseline in snapshot.streams() {
             let calibrated = baseline.calibration().statistics().len();
             if calibrated < messages_for_alpha(alpha_ppm) as usize {
@@ -289,7 +320,6 @@ impl Document {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::format;
 
     fn message(json: &str) -> String {
         Config::parse(json.as_bytes()).unwrap_err().to_string()
@@ -353,7 +383,9 @@ mod tests {
     fn a_damaged_baseline_is_refused() {
         let mut bytes = Snapshot::default().encode();
         let text = |bytes: &[u8]| format!(r#"{{"baseline": "{}"}}"#, STANDARD.encode(bytes));
-        assert!(Config::parse(text(&bytes).as_bytes()).is_ok());
+        assert!(message(&text(&bytes)).contains("nothing could ever be judged"));
+        let learning = text(&bytes).replacen('{', r#"{"learn": {"messages": 1000}, "#, 1);
+        assert_eq!(Config::parse(learning.as_bytes()).err(), None);
         bytes[12] ^= 1;
         assert!(message(&text(&bytes)).contains("damaged"));
     }

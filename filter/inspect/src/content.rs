@@ -9,7 +9,7 @@
 //! | path `…/chat/completions`, request | see [`crate::openai`] (whatever the content-type claims: servers read JSON all the same) |
 //! | its response, JSON or `text/event-stream` | the same |
 //! | other JSON, NDJSON | one body unit, raw bytes; the grammar is checked |
-//! | other `text/event-stream` | one body unit, the events' data with a newline after each line |
+//! | other `text/event-stream` | one body unit: the events' data, names, ids and comments, a newline after each |
 //! | text, forms, XML, JavaScript, YAML | one body unit, raw bytes |
 //! | content-type missing or unknown | by the first non-blank byte: `{` or `[` is JSON, anything else UTF-8 text |
 //! | images, audio, archives, multipart, gRPC, AWS event-stream, … | [`NotInspected`] with a reason |
@@ -93,8 +93,7 @@ pub trait Sink {
     fn text(&mut self, unit: Unit, text: &[u8], body_offset: u64);
     /// `unit` is complete. Each unit is ended once, also when the body breaks off.
     fn end(&mut self, unit: Unit);
-    /// Bytes at this point of `unit` that are counted but not given (base64 media, random padding, event
-    /// names).
+    /// Bytes at this point of `unit` that are counted but not given (base64 media, random padding).
     fn skipped(&mut self, unit: Unit, bytes: u64);
 }
 
@@ -489,7 +488,6 @@ impl BodyParser {
             Parser::Events(reader, unit) => {
                 reader.finish(body_bytes, &mut DataLines { unit, sink });
                 self.summary.events = unit.events;
-                self.summary.skipped_bytes = unit.skipped_bytes;
                 if unit.given {
                     sink.end(BODY);
                 }
@@ -527,15 +525,15 @@ impl BodyParser {
 /// The one unit of a body without known schema.
 const BODY: Unit = Unit { role: Role::Body, index: 0 };
 
-/// The data of other event streams, as one text.
+/// Other event streams, as one text: each line's content with a newline after it.
 #[derive(Debug, Default)]
 struct DataUnit {
     /// Where the last piece of data ended: the newline that closes an event is given from there.
     end: Option<u64>,
-    line_bytes: u64,
+    /// The same of the last piece of another line.
+    other_end: u64,
     given: bool,
     events: u64,
-    skipped_bytes: u64,
 }
 
 struct DataLines<'a, S: Sink> {
@@ -550,14 +548,15 @@ impl<S: Sink> sse::Handler for DataLines<'_, S> {
         self.sink.text(BODY, piece, body_offset);
     }
 
-    fn other(&mut self, piece: &[u8], _: u64) {
-        self.unit.line_bytes += piece.len() as u64;
+    // Event names, ids and comments reach the application too.
+    fn other(&mut self, piece: &[u8], body_offset: u64) {
+        self.unit.given = true;
+        self.unit.other_end = body_offset + piece.len() as u64;
+        self.sink.text(BODY, piece, body_offset);
     }
 
     fn other_end(&mut self) {
-        let bytes = core::mem::take(&mut self.unit.line_bytes);
-        self.unit.skipped_bytes += bytes;
-        self.sink.skipped(BODY, bytes);
+        self.sink.text(BODY, b"\n", self.unit.other_end);
     }
 
     fn event_end(&mut self, _: u64) {

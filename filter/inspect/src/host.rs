@@ -110,6 +110,12 @@ pub trait Host {
     /// [`HostError`] if they are not.
     fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError>;
 
+    /// Removes a header of the response, while its headers are open; one that is not there is no error.
+    ///
+    /// # Errors
+    /// [`HostError`] if they are not.
+    fn remove_response_header(&mut self, name: &str) -> Result<(), HostError>;
+
     /// Sets filter state `wasm.<key>` for the access log.
     ///
     /// # Errors

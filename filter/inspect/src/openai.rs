@@ -78,6 +78,8 @@ enum Place {
     Role,
     ChoiceIndex,
     CallIndex,
+    /// Where media are, in a content part or an answer.
+    Media,
     Blob,
     Padding,
     PromptTokens,
@@ -134,7 +136,11 @@ impl Place {
             (Self::Usage, b"prompt_tokens") => Self::PromptTokens,
             (Self::Usage, b"completion_tokens") => Self::CompletionTokens,
             (Self::Usage, b"total_tokens") => Self::TotalTokens,
-            _ if is_blob_key(key) => Self::Blob,
+            (Self::Message, b"images") => Self::Media,
+            // Only where the API puts media: text under such a key anywhere else is scored.
+            (Self::Content | Self::Media | Self::Detail | Self::Audio, key) if is_blob_key(key) => Self::Blob,
+            (Self::Content, b"input_audio" | b"file" | b"source" | b"video") => Self::Media,
+            (Self::Blob, key) if is_blob_key(key) => Self::Blob,
             _ => Self::Other,
         }
     }
@@ -147,6 +153,7 @@ impl Place {
             Self::ToolCalls => Self::ToolCall,
             Self::Details => Self::Detail,
             Self::Content => Self::Content,
+            Self::Media => Self::Media,
             _ => Self::Other,
         }
     }
@@ -154,7 +161,8 @@ impl Place {
     /// What a container found at this place means: an object where an array belongs has no meaning.
     fn opened(self, container: Container) -> Self {
         let fits = match self {
-            Self::Content => true,
+            Self::Content | Self::Media => true,
+            Self::Blob => container == Container::Object,
             Self::Messages | Self::Choices | Self::ToolCalls | Self::Details => container == Container::Array,
             Self::Top | Self::Message | Self::Choice | Self::ToolCall | Self::Function => {
                 container == Container::Object
@@ -478,7 +486,8 @@ struct Pass<'a, S: Sink> {
 }
 
 impl<S: Sink> Pass<'_, S> {
-    /// Gives the envelope the chunk's bytes before `index`.
+    /// Gives the envelope the chunk's bytes before `index`. Held text is given after it, so that the order of
+    /// all bytes is the same for every split: who learns from the first bytes of a message depends on it.
     fn give_envelope(&mut self, index: usize) {
         if let Some(from) = self.from {
             let bytes = self.chunk.get(from..index).unwrap_or_default();
@@ -580,21 +589,24 @@ impl<S: Sink> Handler for Pass<'_, S> {
         document.slot = if container == Container::Array { place.element() } else { Place::Other };
     }
 
-    fn end(&mut self, _: Container, _: usize) {
-        let document = &mut *self.document;
-        match document.places.pop() {
-            Some(Place::Message) if document.mode == Mode::Request && document.role.is_none() => {
-                document.set_role(Role::User, self.sink);
+    fn end(&mut self, _: Container, index: usize) {
+        let mode = self.document.mode;
+        match self.document.places.pop() {
+            Some(Place::Message) if mode == Mode::Request && self.document.role.is_none() => {
+                self.give_envelope(index);
+                self.document.set_role(Role::User, self.sink);
             }
             Some(Place::ToolCall | Place::LegacyCall) => {
-                Document::end_unit(&mut document.call_unit, self.sink);
+                Document::end_unit(&mut self.document.call_unit, self.sink);
             }
-            Some(Place::Choice) if document.mode == Mode::Stream => {
-                document.choose(self.sink);
-                document.choice_position += 1;
+            Some(Place::Choice) if mode == Mode::Stream => {
+                self.give_envelope(index);
+                self.document.choose(self.sink);
+                self.document.choice_position += 1;
             }
             _ => {}
         }
+        let document = &mut *self.document;
         document.slot = document.places.last().map_or(Place::Other, |place| place.element());
     }
 
@@ -655,6 +667,7 @@ impl<S: Sink> Handler for Pass<'_, S> {
         match active {
             Active::Scored(_) => return Document::end_unit(&mut self.document.string_unit, self.sink),
             Active::Role if self.document.role.is_none() => {
+                self.give_envelope(index);
                 let role = self.document.role_text.get(..self.document.role_len);
                 self.document.set_role(Role::of_message(role.unwrap_or_default()), self.sink);
             }

@@ -65,6 +65,9 @@ pub struct Exchange {
     style: Option<ApiStyle>,
     request: Option<Inspection>,
     response: Option<Inspection>,
+    /// Whose headers came. Should a proxy report them again, the message still has one verdict.
+    request_begun: bool,
+    response_begun: bool,
     request_verdict: Option<Verdict>,
     worst: Option<Outcome>,
     answered: bool,
@@ -192,10 +195,11 @@ impl Plugin {
             Ok(parser) => (parser, None),
             Err(defect) => (None, Some(defect)),
         };
-        let style = match (&parser, &defect) {
+        let style = match (&parser, direction) {
             (Some(parser), _) => parser.style().as_str(),
-            (None, None) => "bodiless",
-            (None, Some(_)) => "uninspected",
+            // The target is judged all the same, as that of a request without a body.
+            (None, Direction::Request) => "bodiless",
+            (None, Direction::Response) => "uninspected",
         };
         // A streamed chat answer has another envelope than a whole one.
         let streamed = if event_stream && style != ApiStyle::Sse.as_str() { ".sse" } else { "" };
@@ -206,6 +210,10 @@ impl Plugin {
     fn refuses(&self, inspection: &Inspection) -> bool {
         self.uninspectable == Uninspectable::Refuse && inspection.defect.is_some()
     }
+
+    fn refuses_verdict(&self, verdict: &Verdict) -> bool {
+        self.uninspectable == Uninspectable::Refuse && verdict.outcome == Outcome::NotInspected
+    }
 }
 
 impl Inspection {
@@ -214,8 +222,8 @@ impl Inspection {
             Ok(chunk) => chunk,
             Err(error) => {
                 // What follows a gap would be read wrongly.
-                self.parser = None;
                 self.defect.get_or_insert(Defect::Host(error));
+                self.end_of_body(plugin, true);
                 return;
             }
         };
@@ -226,9 +234,9 @@ impl Inspection {
         let inspected = usize::try_from(room).ok().and_then(|room| chunk.get(..room)).unwrap_or(chunk);
         parser.push(inspected, &mut feed);
         if inspected.len() < chunk.len() {
-            // What was read is judged; the parser has no end to check.
-            self.parser = None;
+            // What was read is judged.
             self.defect.get_or_insert(Defect::Size);
+            self.end_of_body(plugin, true);
         }
     }
 
@@ -281,29 +289,31 @@ impl Exchange {
         host: &mut impl Host,
         end_of_stream: bool,
     ) -> Step {
+        if core::mem::replace(&mut self.request_begun, true) {
+            return if self.answered { Step::Answered } else { Step::Forward };
+        }
         let method = host.header(Direction::Request, ":method");
         let path = host.header(Direction::Request, ":path");
-        let (method, path, lost) = match (method, path) {
-            (Ok(method), Ok(path)) => (method.unwrap_or_default(), path.unwrap_or_default(), None),
-            (Err(error), _) | (_, Err(error)) => (b"?".to_vec(), b"?".to_vec(), Some(error)),
-        };
-        self.style = ApiStyle::of_path(&path);
-        let parser = match lost {
-            Some(error) => Err(Defect::Host(error)),
-            None if end_of_stream => Ok(None),
-            None => body_headers(host, Direction::Request).and_then(|content_type| {
-                BodyParser::for_request(&path, content_type.as_deref())
+        let head = method.and_then(|method| Ok((method.unwrap_or_default(), path?.unwrap_or_default())));
+        let path = head.as_ref().map_or(&[][..], |(_, path)| path);
+        self.style = ApiStyle::of_path(path);
+        let parser = match &head {
+            Err(error) => Err(Defect::Host(*error)),
+            Ok(_) if end_of_stream => Ok(None),
+            Ok((_, path)) => body_headers(host, Direction::Request).and_then(|content_type| {
+                BodyParser::for_request(path, content_type.as_deref())
                     .map(Some)
                     .map_err(|reason| Defect::ContentType(reason.as_str()))
             }),
         };
         let mut inspection = plugin.begin(Direction::Request, parser, false);
-        let target = Unit { role: Role::Target, index: 0 };
-        let mut feed = Feed { message: &mut inspection.message, max_unit_bytes: plugin.max_unit_bytes };
-        feed.text(target, &method, 0);
-        feed.text(target, b" ", 0);
-        feed.text(target, &path, 0);
-        feed.end(target);
+        if let Ok((method, path)) = &head {
+            let target = Unit { role: Role::Target, index: 0 };
+            let mut feed = Feed { message: &mut inspection.message, max_unit_bytes: plugin.max_unit_bytes };
+            // Its offsets are those in the request line.
+            feed.text(target, &[method, &b" "[..], path].concat(), 0);
+            feed.end(target);
+        }
         let refused = plugin.refuses(&inspection);
         self.request = Some(inspection);
         if end_of_stream || refused { self.end_request(plugin, host, false) } else { Step::Forward }
@@ -341,9 +351,11 @@ impl Exchange {
     fn end_request(&mut self, plugin: &mut Plugin, host: &mut impl Host, cut_short: bool) -> Step {
         let Some(mut request) = self.request.take() else { return Step::Forward };
         request.end_of_body(plugin, cut_short);
-        let status = request.defect.as_ref().map_or(400, Defect::status);
-        let refuse = plugin.refuses(&request) && !cut_short;
+        // Nothing in the message is at fault where only the baseline is missing.
+        let status = request.defect.as_ref().map_or(503, Defect::status);
+        let defective = plugin.refuses(&request);
         let verdict = request.judge(plugin, host);
+        let refuse = !cut_short && (defective || plugin.refuses_verdict(&verdict));
         self.publish(plugin, host, &verdict, Direction::Request);
         let reason = verdict.reason.clone();
         self.request_verdict = Some(verdict);
@@ -366,7 +378,7 @@ impl Exchange {
             self.tell(host, |host| host.set_response_header(REQUEST_VERDICT_HEADER, &value));
         }
         // Our own answer, or nothing to judge.
-        if self.answered || end_of_stream {
+        if self.answered || end_of_stream || core::mem::replace(&mut self.response_begun, true) {
             return Step::Forward;
         }
         let parser = body_headers(host, Direction::Response).and_then(|content_type| {
@@ -380,6 +392,11 @@ impl Exchange {
             plugin.begin(Direction::Response, parser.map(|(parser, _)| Some(parser)), event_stream);
         let refused = plugin.refuses(&inspection);
         self.response = Some(inspection);
+        if plugin.uninspectable == Uninspectable::Refuse && !refused {
+            // With a length, a client could take what came before the break for the whole answer: the
+            // end of a body may come after its last byte has left.
+            self.tell(host, |host| host.remove_response_header("content-length"));
+        }
         if refused { self.end_response(plugin, host, false) } else { Step::Forward }
     }
 
@@ -409,8 +426,9 @@ impl Exchange {
     fn end_response(&mut self, plugin: &mut Plugin, host: &mut impl Host, cut_short: bool) -> Step {
         let Some(mut response) = self.response.take() else { return Step::Forward };
         response.end_of_body(plugin, cut_short);
-        let refuse = plugin.refuses(&response) && !cut_short;
+        let defective = plugin.refuses(&response);
         let verdict = response.judge(plugin, host);
+        let refuse = !cut_short && (defective || plugin.refuses_verdict(&verdict));
         self.publish(plugin, host, &verdict, Direction::Response);
         if refuse { self.answer(host, 502, Direction::Response, verdict.reason) } else { Step::Forward }
     }
@@ -460,12 +478,12 @@ impl Exchange {
             }
         };
         if plugin.report.filter_state {
-            let (key, worst) = match direction {
-                Direction::Request => (filter_state::REQUEST, self.worst),
-                Direction::Response => (filter_state::RESPONSE, self.worst),
+            let key = match direction {
+                Direction::Request => filter_state::REQUEST,
+                Direction::Response => filter_state::RESPONSE,
             };
             self.tell(host, |host| host.set_filter_state(key, &json));
-            let outcome = worst.map_or("", Outcome::as_str);
+            let outcome = self.worst.map_or("", Outcome::as_str);
             self.tell(host, |host| host.set_filter_state(filter_state::OUTCOME, outcome));
         }
         if logged {

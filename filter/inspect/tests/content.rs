@@ -1044,9 +1044,9 @@ fn other_bodies_are_one_unit() {
     }
     let events = b"event: a\ndata: {\"x\":1}\n\n: c\n\ndata: one\rdata: two\r\n\r\ndata: end";
     let (units, result, _) = whole(make(Some("text/event-stream")), events);
-    assert_eq!(body(&units), "{\"x\":1}\none\ntwo\nend\n");
+    assert_eq!(body(&units), "event: a\n{\"x\":1}\n: c\none\ntwo\nend\n");
     let summary = result.unwrap();
-    assert_eq!((summary.events, summary.skipped_bytes), (3, 8 + 3));
+    assert_eq!((summary.events, summary.skipped_bytes), (3, 0));
     for step in 1..9 {
         assert_eq!(read(make(Some("text/event-stream")), events, || step).0, units);
     }

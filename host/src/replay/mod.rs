@@ -115,8 +115,13 @@ pub enum ReplayError {
     #[error(transparent)]
     Through(#[from] envoy::ReplayError),
     /// A body arrived changed.
-    #[error("{0} of the bodies did not arrive as they were sent, the first of exchange {1}; please report this")]
+    #[error(
+        "{0} of the bodies did not arrive as they were sent, the first of exchange {1}; please report this"
+    )]
     BodyChanged(u64, String),
+    /// The threads of the replaying client and upstream.
+    #[error("cannot start the replay's threads: {0}; check the limits on threads and memory")]
+    Runtime(#[source] io::Error),
     /// Writing the verdicts.
     #[error("cannot write the verdicts: {0}; check the disk and the path")]
     Write(#[source] io::Error),
@@ -300,7 +305,7 @@ fn through_envoy(
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|source| ReplayError::Write(source))?;
+        .map_err(ReplayError::Runtime)?;
     let binary = find_binary(args.envoy.as_deref())?;
     let filter = find_filter(args.filter.as_deref());
     let replayed = runtime.block_on(async {

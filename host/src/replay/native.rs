@@ -38,6 +38,10 @@ impl Host for Memory<'_> {
         Ok(())
     }
 
+    fn remove_response_header(&mut self, _name: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
     fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
         self.state.insert(key.to_owned(), value.to_owned());
         Ok(())

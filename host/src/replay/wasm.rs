@@ -48,8 +48,12 @@ impl WasmReplay {
     /// [`AbiError`] if the module does not compile or start, or refuses the configuration.
     pub fn start(module: &Module, plugin_configuration: Vec<u8>) -> Result<Self, AbiError> {
         let log = LogSink::new(LogLevel::Error, |line| tracing::error!("filter: {}", line.message));
-        let options =
-            PluginOptions { plugin_configuration, log, shared: SharedState::new(), ..PluginOptions::default() };
+        let options = PluginOptions {
+            plugin_configuration,
+            log,
+            shared: SharedState::new(),
+            ..PluginOptions::default()
+        };
         Ok(Self { plugin: Plugin::start(module, options)? })
     }
 
@@ -78,14 +82,22 @@ impl WasmReplay {
             let value = ended.filter_state.get(&format!("wasm.{key}"))?;
             Some(String::from_utf8_lossy(value).into_owned())
         };
-        Ok(Verdicts { request: state(filter_state::REQUEST), response: state(filter_state::RESPONSE), failure: None })
+        Ok(Verdicts {
+            request: state(filter_state::REQUEST),
+            response: state(filter_state::RESPONSE),
+            failure: None,
+        })
     }
 
     fn pass(&mut self, stream: StreamId, exchange: &Exchange) -> Result<(), AbiError> {
         let request = &exchange.request;
-        let head = [(":method", request.method.as_str()), (":path", request.target.as_str()), (":scheme", "http")];
-        let mut step =
-            self.plugin.request_headers(stream, header_map(&head, &request.headers), request.body.is_empty())?;
+        let head =
+            [(":method", request.method.as_str()), (":path", request.target.as_str()), (":scheme", "http")];
+        let mut step = self.plugin.request_headers(
+            stream,
+            header_map(&head, &request.headers),
+            request.body.is_empty(),
+        )?;
         for (chunk, last) in chunks(&request.body) {
             if !matches!(step, Step::Forward(_) | Step::Hold) {
                 break;
