@@ -26,9 +26,11 @@ pub mod baseline;
 pub mod calibrate;
 pub mod coder;
 pub mod detector;
+pub mod drift;
 pub mod evidence;
 pub mod normalise;
 pub mod score;
+pub mod significance;
 
 /// The version every verdict carries; a change that can change a verdict raises it.
 pub const ENGINE_VERSION: &str = env!("CARGO_PKG_VERSION");
