@@ -96,7 +96,7 @@ mod oracle {
                 }
             })
             .sum();
-        (13..=19).contains(&digits.len()) && sum % 10 == 0
+        (13..=19).contains(&digits.len()) && sum.is_multiple_of(10)
     }
 
     fn iban(text: &str) -> bool {

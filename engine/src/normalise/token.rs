@@ -271,8 +271,10 @@ pub(super) fn at(classes: ClassSet, left: Left, window: &[u8]) -> Option<Match> 
 /// Bytes before the token, its bytes, its tail.
 pub(super) type Shape = (usize, usize, Tail);
 
+type Matcher = fn(&Word<'_>) -> Option<Shape>;
+
 /// By precedence, which is the order of [`Class::ALL`].
-const MATCHERS: [(Class, fn(&Word<'_>) -> Option<Shape>); 19] = [
+const MATCHERS: [(Class, Matcher); 19] = [
     (Class::PrivateKey, secrets::private_key),
     (Class::Password, secrets::password),
     (Class::Bearer, secrets::bearer),
