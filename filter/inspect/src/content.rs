@@ -528,9 +528,9 @@ const BODY: Unit = Unit { role: Role::Body, index: 0 };
 /// Other event streams, as one text: each line's content with a newline after it.
 #[derive(Debug, Default)]
 struct DataUnit {
-    /// Where the last piece of data ended: the newline that closes an event is given from there.
-    end: Option<u64>,
-    /// The same of the last piece of another line.
+    /// The event has data, so a newline closes it.
+    has_data: bool,
+    /// Where the last piece of another line ended: the newline after it is given from there.
     other_end: u64,
     given: bool,
     events: u64,
@@ -544,7 +544,7 @@ struct DataLines<'a, S: Sink> {
 impl<S: Sink> sse::Handler for DataLines<'_, S> {
     fn data(&mut self, piece: &[u8], body_offset: u64) {
         self.unit.given = true;
-        self.unit.end = Some(body_offset + piece.len() as u64);
+        self.unit.has_data = true;
         self.sink.text(BODY, piece, body_offset);
     }
 
@@ -559,10 +559,10 @@ impl<S: Sink> sse::Handler for DataLines<'_, S> {
         self.sink.text(BODY, b"\n", self.unit.other_end);
     }
 
-    fn event_end(&mut self, _: u64) {
-        if let Some(end) = self.unit.end.take() {
+    fn event_end(&mut self, body_offset: u64) {
+        if core::mem::take(&mut self.unit.has_data) {
             self.unit.events += 1;
-            self.sink.text(BODY, b"\n", end);
+            self.sink.text(BODY, b"\n", body_offset);
         }
     }
 }

@@ -1240,3 +1240,16 @@ fn recorded_as_base64(body: &[u8]) -> Option<Vec<u8>> {
     }
     Some(out)
 }
+
+/// The newline that closes an event stands for a line end of the body, also when the last line of data is
+/// empty.
+#[test]
+fn the_newline_after_an_event_leads_back_to_a_line_end() {
+    for body in ["data: x\ndata:\n\ndata: y", "data: \rdata: ", "data:x\r\ndata\r\n\r\n"] {
+        let events = BodyParser::for_request(b"/", Some(b"text/event-stream")).unwrap();
+        // The recorder compares each text with the body at its offset.
+        let (units, result, _) = whole(events, body.as_bytes());
+        result.unwrap();
+        assert_eq!(units.len(), 1);
+    }
+}
