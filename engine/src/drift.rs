@@ -38,8 +38,8 @@
 //! row additions a permutation as the smaller sample has rows. Permutations end as soon as the look
 //! cannot alarm any more, most often after a few dozen.
 //!
-//! Left out on purpose: clocks (time is an argument), re-learning (an alarm stays until
-//! [`DriftMonitor::restart`]), adjustment for covariates: if the prompts drift, the answers do.
+//! Left out on purpose: clocks (time is an argument), re-learning (an alarm stays; a new baseline gets a
+//! new monitor), adjustment for covariates: if the prompts drift, so do the answers.
 
 mod martingale;
 mod monitor;
