@@ -5,12 +5,12 @@
 //! an escape. Ordinary words, numbers of one digit and punctuation never stop it, so the matchers, which
 //! cost some tens of nanoseconds, see only a few words in a hundred.
 //!
-//! Why: a state is held as a shift amount and a byte's row holds all its successors, so a step is one
-//! load and one shift (the shift-based automaton of Langdale and Lemire's circle); no branch depends on
-//! the text until a trigger. The triggers only have to be complete: every token that a matcher accepts
-//! has a trigger in its first word or right behind it. The oracle in `tests/normalise.rs` checks that.
+//! Why: a state is held as a shift amount and a byte's row holds all its successors (a shift-based
+//! automaton, after P. Vognsen), so a step is one load and one shift, and no branch depends on the text
+//! until a trigger. The triggers only have to be complete: every token that a matcher accepts has one in
+//! its first word or right behind it. The oracle in `tests/normalise.rs` checks that.
 //!
-//! Cost: about 2 cycles a byte; a table of 2 KiB.
+//! Cost: some 2 cycles a byte; a table of 2 KiB.
 
 /// `0` to `9`.
 pub(super) const DIGIT: u16 = 1;

@@ -33,8 +33,8 @@ pub const MARKER: u8 = 1;
 /// Replaces volatile tokens by markers of three bytes: [`MARKER`], a letter for the class and a digit for
 /// the length (its bit length), so that "a UUID stands here" is learnt once and costs little ever after.
 ///
-/// A text may hold such bytes by itself; they are scored as they are, and mean no more than what they
-/// hide nothing behind.
+/// A text that holds such bytes by itself is scored as it is: three bytes that look like a token hide
+/// nothing.
 #[derive(Clone, Debug)]
 pub struct Normaliser {
     scanner: Scanner,
