@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn ordinary_text_never_stops_it() {
         let text =
-            b"The order is on its way, to a user: (5 of 7) \"done\"... Really? Yes; call us. {\"a\": 1}";
+            b"The order is on its way, to a user: [5 of 7] (all) \"done\"... Really? Yes; call us. {\"a\": 1}";
         assert_eq!(next_stop(text, 0), Stop::End);
     }
 

@@ -13,6 +13,8 @@ const MIN_DIGITS: usize = 6;
 const MIN_BASE64: usize = 32;
 /// Fewest characters behind an identifier's prefix.
 const MIN_ID: usize = 12;
+/// The same for one without a digit.
+const MIN_LETTER_ID: usize = 16;
 /// Most characters of a JWT's header that are looked through for its end.
 const MAX_JWT_HEADER: usize = 180;
 
@@ -235,8 +237,15 @@ pub(super) fn id(word: &Word<'_>) -> Found {
     let prefix = ID_PREFIXES.iter().find(known)?;
     let end = word.run(prefix.len(), WORD).min(prefix.len() + HORIZON);
     let body = word.slice(prefix.len(), end);
-    let random = body.len() >= MIN_ID && body.iter().any(|&b| is(b, DIGIT));
+    let random = body.len() >= MIN_ID && (body.iter().any(|&b| is(b, DIGIT)) || mixed_case(body));
     random.then_some((0, end, Tail::Run(WORD)))
+}
+
+/// Letters of both cases as chance mixes them: one base-62 identifier of 24 characters in 60 has no digit.
+/// Names in camel case have fewer capitals, names in capitals no small letters.
+fn mixed_case(body: &[u8]) -> bool {
+    let count = |class| body.iter().filter(|&&b| is(b, class)).count();
+    body.len() >= MIN_LETTER_ID && count(UPPER) * 3 >= body.len() && count(LOWER) * 4 >= body.len()
 }
 
 /// At least 16 hexadecimal digits, of both kinds unless `0x` stands before them.
