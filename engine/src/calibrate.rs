@@ -25,9 +25,13 @@ use crate::score::UnitScores;
 pub struct Range {
     /// Median of the held-out scores, 1/256 bit.
     pub median: i64,
-    /// 90th percentile less the median, 1/256 bit, at least 1.
+    /// 90th percentile less the median, 1/256 bit, at least [`MIN_SPREAD`].
     pub spread: i64,
 }
+
+/// Least spread, 1/256 bit: half a bit. Kinds of unit that are all but constant would otherwise outweigh
+/// every other kind of their messages by the slightest change.
+pub const MIN_SPREAD: i64 = 128;
 
 /// Fixed-point scale of a normalised score: this is 1.
 pub const UNIT_SCORE: i64 = 1 << 12;
@@ -42,7 +46,7 @@ impl Range {
         const ENOUGH: usize = 100;
         values.sort_unstable();
         let median = quantile(&values, 50);
-        let spread = quantile(&values, 90).saturating_sub(median).max(1);
+        let spread = quantile(&values, 90).saturating_sub(median).max(MIN_SPREAD);
         match pooled {
             Some(pooled) if values.is_empty() => pooled,
             Some(pooled) if values.len() < ENOUGH => Self { median, spread: spread.max(pooled.spread) },
@@ -218,9 +222,10 @@ mod tests {
 
     #[test]
     fn few_units_do_not_make_a_narrow_range() {
-        let pooled = Range::fit((0..200).collect(), None);
-        assert_eq!(pooled, Range { median: 99, spread: 80 });
-        assert_eq!(Range::fit(vec![5, 5], Some(pooled)), Range { median: 5, spread: 80 });
+        let pooled = Range::fit((0..2000).step_by(10).collect(), None);
+        assert_eq!(pooled, Range { median: 990, spread: 800 });
+        assert_eq!(Range::fit(vec![5, 5], Some(pooled)), Range { median: 5, spread: 800 });
+        assert_eq!(Range::fit(vec![7; 500], Some(pooled)), Range { median: 7, spread: MIN_SPREAD });
         assert_eq!(Range::fit(vec![], Some(pooled)), pooled);
     }
 }

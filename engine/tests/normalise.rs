@@ -248,7 +248,14 @@ mod oracle {
             run(rule(
                 Id,
                 &format!("(?:chatcmpl-|req_|call_|resp_|msg_|toolu_|file-){word}{{12,}}"),
-                |t, _| has_digit(&t[t.find(['-', '_']).unwrap() + 1..]),
+                |t, _| {
+                    let body = head(&t[t.find(['-', '_']).unwrap() + 1..]);
+                    let count = |of: fn(&u8) -> bool| body.bytes().filter(of).count();
+                    has_digit(body)
+                        || body.len() >= 16
+                            && count(u8::is_ascii_uppercase) * 4 >= body.len()
+                            && count(u8::is_ascii_lowercase) * 4 >= body.len()
+                },
             )),
             rule(Hex, "(?i:[0-9a-f]{16,63})", |t, _| {
                 t.contains(|c: char| c.is_ascii_digit()) && t.contains(|c: char| c.is_ascii_alphabetic())
@@ -364,6 +371,7 @@ const POSITIVES: &[(Class, &str, &str)] = &[
     (Class::Id, "\"id\": \"chatcmpl-9aXbC3dEfGhIjKlMnOpQ\"", "chatcmpl-9aXbC3dEfGhIjKlMnOpQ"),
     (Class::Id, "toolu_01A09q90qw90lq917835lq9", "toolu_01A09q90qw90lq917835lq9"),
     (Class::Id, "call_abcDEF123456ghi789", "call_abcDEF123456ghi789"),
+    (Class::Id, "call_aIehcujObwiLYfpFKnduoonE", "call_aIehcujObwiLYfpFKnduoonE"),
     (Class::Id, "01ARZ3NDEKTSV4RRFFQ69G5FAV", "01ARZ3NDEKTSV4RRFFQ69G5FAV"),
     (
         Class::Traceparent,

@@ -245,7 +245,7 @@ pub(super) fn id(word: &Word<'_>) -> Found {
 /// Names in camel case have fewer capitals, names in capitals no small letters.
 fn mixed_case(body: &[u8]) -> bool {
     let count = |class| body.iter().filter(|&&b| is(b, class)).count();
-    body.len() >= MIN_LETTER_ID && count(UPPER) * 3 >= body.len() && count(LOWER) * 4 >= body.len()
+    body.len() >= MIN_LETTER_ID && count(UPPER) * 4 >= body.len() && count(LOWER) * 4 >= body.len()
 }
 
 /// At least 16 hexadecimal digits, of both kinds unless `0x` stands before them.
