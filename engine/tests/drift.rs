@@ -363,6 +363,13 @@ fn windows_and_hops_are_as_told() {
         .collect();
     // After the gap the first message ends a hop but is alone in the window; the grid goes on.
     assert_eq!(looks, [(1400, 9), (1800, 17), (5400, 41), (5800, 60)]);
+
+    // The window is half open: a message exactly its length ago has left.
+    let second = Extent::Nanoseconds(1000);
+    let (mut tumbling, _) =
+        monitor(DriftOptions { window: second, hop: second, ..DriftOptions::default() }, 3);
+    let looks = (0..=20).filter_map(|i| tumbling.observe(chance.row(), 100 * i).map(|v| (i, v.window_rows)));
+    assert_eq!(looks.collect::<Vec<_>>(), [(10, 10), (20, 10)]);
 }
 
 #[test]
@@ -476,7 +483,15 @@ fn shifts_either_way_alarm_and_a_restart_forgets() {
         let reference: Vec<i64> = (0..300).map(|_| score(0)).collect();
         let mut martingale = ConformalMartingale::new(&reference, MartingaleOptions::default(), &seed(1));
         assert!(!(0..100).fold(false, |_, _| martingale.observe(score(0)).alarm));
-        let last = (0..150).fold(None, |_, _| Some(martingale.observe(score(shift)))).unwrap();
+        // 1/alpha is 100: 6.64 bits.
+        let mut highest = i64::MIN;
+        let last = (0..150).fold(None, |_, _| {
+            let state = martingale.observe(score(shift));
+            highest = highest.max(state.log2_capital);
+            assert_eq!(state.alarm, highest >= 27_213, "{state:?}");
+            Some(state)
+        });
+        let last = last.unwrap();
         assert!(last.alarm && last.rising == rising && last.log2_rise >= last.log2_capital, "{last:?}");
         martingale.restart();
         assert!(!martingale.observe(score(0)).alarm);
