@@ -11,6 +11,7 @@ use driftlock_host::abi::{
     self, HeaderMap, LogSink, MetricValue, Plugin, PluginOptions, Release, SharedState,
 };
 use driftlock_host::capture::{self, Exchange, HttpRequest, HttpResponse};
+use driftlock_host::replay::wire::on_the_wire;
 use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
 use driftlock_inspect::session::{self, Step, filter_state};
 
@@ -35,12 +36,13 @@ impl Passage {
         Self { request, response, chunk_bytes: usize::MAX, request_cut_bytes: None, response_cut_bytes: None }
     }
 
-    /// The same of a generated or recorded exchange.
+    /// A generated or recorded exchange, as it crosses the wire.
     ///
     /// # Panics
-    /// If it has no response.
+    /// If it cannot.
     pub fn of(exchange: &Exchange) -> Self {
-        Self::new(exchange.request.clone(), exchange.response.clone().expect("a response"))
+        let exchange = on_the_wire(exchange.clone()).unwrap_or_else(|reason| panic!("{reason}"));
+        Self::new(exchange.request, exchange.response.expect("a response"))
     }
 
     fn pieces(body: &[u8], chunk_bytes: usize, cut: Option<usize>) -> Vec<(&[u8], bool)> {
@@ -70,7 +72,8 @@ pub struct Seen {
     pub response: Option<String>,
     /// The worse outcome.
     pub outcome: Option<String>,
-    /// Status and body of its answer in the upstream's place.
+    /// Status and body of its answer in the upstream's place; none once the response's headers are
+    /// gone, since the proxy can then only break off.
     pub reply: Option<(u16, String)>,
     /// The whole request was let through.
     pub request_passed: bool,
@@ -109,6 +112,10 @@ impl Host for Memory<'_> {
         Ok(())
     }
 
+    fn remove_response_header(&mut self, _name: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
     fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
         self.state.insert(key.to_owned(), value.to_owned());
         Ok(())
@@ -141,6 +148,7 @@ impl Native {
         let mut host = Memory { passage, state: BTreeMap::new(), reply: None, counted: BTreeMap::new() };
         let mut exchange = session::Exchange::default();
         let mut seen = Seen::default();
+        let mut headers_gone = false;
         let empty = passage.request.body.is_empty();
         let mut step = exchange.request_headers(plugin, &mut host, empty);
         for (piece, last) in passage.request_pieces() {
@@ -152,6 +160,7 @@ impl Native {
         if seen.request_passed {
             let empty = passage.response.body.is_empty();
             step = exchange.response_headers(plugin, &mut host, empty);
+            headers_gone = step == Step::Forward;
             for (piece, last) in passage.response_pieces() {
                 if step != Step::Answered {
                     step = exchange.response_body(plugin, &mut host, Ok(piece), last);
@@ -163,7 +172,7 @@ impl Native {
         seen.request = host.state.remove(filter_state::REQUEST);
         seen.response = host.state.remove(filter_state::RESPONSE);
         seen.outcome = host.state.remove(filter_state::OUTCOME);
-        seen.reply = host.reply;
+        seen.reply = host.reply.filter(|_| !headers_gone);
         seen.counted = host.counted;
         seen
     }

@@ -17,7 +17,7 @@ use driftlock_host::replay::upstream::{Delivery, Upstream};
 use driftlock_host::replay::wire::REPLAY_ID_HEADER;
 use serde_json::Value;
 
-use crate::wire::{Answer, ask};
+use crate::wire::{Answer, abandon, ask};
 
 const LOG_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -128,6 +128,27 @@ impl Proxy {
     ) -> Observed {
         let number = self.upstream.plan(response, delivery).expect("an answer that can be sent");
         let answer = ask(self.listen(), encoded(request, number), leave_after_bytes).await;
+        self.observed(number, answer).await
+    }
+
+    /// A client that sends the request's head and so many bytes of its body, and leaves.
+    ///
+    /// # Panics
+    /// As [`Proxy::pass`].
+    pub async fn abandon(
+        &self,
+        request: &HttpRequest,
+        response: &HttpResponse,
+        body_bytes: usize,
+    ) -> Observed {
+        let number = self.upstream.plan(response, Delivery::default()).expect("an answer that can be sent");
+        let mut bytes = encoded(request, number);
+        bytes.truncate(bytes.len() - request.body.len() + body_bytes);
+        abandon(self.listen(), &bytes).await;
+        self.observed(number, Answer::default()).await
+    }
+
+    async fn observed(&self, number: u64, answer: Answer) -> Observed {
         let state = self.logged(number).await;
         let received = self.upstream.take(number);
         let of = |name: &str| state.get(name).cloned();

@@ -75,6 +75,16 @@ pub async fn ask(address: SocketAddr, request: Vec<u8>, leave_after_bytes: Optio
     }
 }
 
+/// Sends `bytes`, waits until a proxy has had the time to read them, and leaves.
+///
+/// # Panics
+/// If the proxy does not take them.
+pub async fn abandon(address: SocketAddr, bytes: &[u8]) {
+    let mut stream = TcpStream::connect(address).await.expect("the proxy accepts connections");
+    stream.write_all(bytes).await.expect("the proxy reads");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
 /// What the bytes so far say; `None` before the head is complete.
 fn parse(bytes: &[u8], closed: bool) -> Option<Answer> {
     let head_end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
