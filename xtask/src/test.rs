@@ -68,7 +68,7 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
         Ok(())
     })?;
 
-    for package in ["driftlock-engine", "driftlock-inspect", "xtask"] {
+    for package in ["driftlock-engine", "driftlock-inspect", "driftlock-fuzz", "xtask"] {
         steps.step(&format!("lints of {package}"), || {
             cargo(&["clippy", "--quiet", "--package", package, "--all-targets", "--", "-D", "warnings"])
         })?;
@@ -115,6 +115,20 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             with_products(&mut workspace.cargo(["test", "--release", "--quiet", "--package", package]))
         })?;
     }
+    steps.step("the proxy-wasm host against Envoy", || {
+        with_products(&mut workspace.cargo(&[
+            "test",
+            "--release",
+            "--quiet",
+            "--package",
+            "driftlock-host",
+            "--test",
+            "abi",
+            "--",
+            "--ignored",
+            "envoy",
+        ]))
+    })?;
     steps.step("envoy/minimal.yaml is valid", || validate_minimal(workspace, &envoy))
 }
 

@@ -8,7 +8,7 @@
 //!
 //! Why by hand: a token must be found while the text comes in pieces of any size, with the same result
 //! for every split, in bounded memory, and several times faster than bytes are scored. An automaton made
-//! when the program is built ([`automaton`]) skips ordinary words; matchers check the few others, with
+//! when the program is built (`automaton`) skips ordinary words; matchers check the few others, with
 //! the check digits of cards and IBANs and the ranges of dates and addresses; a blob without end is
 //! counted, not kept. Nothing is compiled or allocated per event but the bytes not yet decided.
 //!
