@@ -238,11 +238,11 @@ async fn a_client_that_goes_away_in_mid_answer_leaves_a_verdict() {
 
 /// The access log's line of an exchange that the replay driver did not send.
 async fn logged(proxy: &Proxy, number: u64) -> Value {
-    let started = Instant::now();
+    let (started, wanted) = (Instant::now(), number.to_string());
     while started.elapsed() < Duration::from_secs(10) {
         let log = std::fs::read_to_string(proxy.envoy.access_log()).unwrap_or_default();
         let entries = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        if let Some(entry) = entries.into_iter().find(|entry| entry["replay_id"] == number.to_string()) {
+        if let Some(entry) = entries.into_iter().find(|entry| entry["replay_id"] == wanted) {
             return entry;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -337,7 +337,8 @@ fn passing_never_holds_and_refusing_holds_a_request_to_its_end() {
 #[test]
 fn a_refused_request_is_answered_once_with_the_status_that_fits() {
     let long = question(1).replace("Where is", &"Where is ".repeat(200));
-    let cases: [(&str, Option<(&'static str, &str)>, &str, u16); 6] = [
+    type Header<'a> = Option<(&'static str, &'a str)>;
+    let cases: [(&str, Header<'_>, &str, u16); 6] = [
         (&long, None, "size", 413),
         (&question(1)[..40], None, "json_truncated", 400),
         ("\u{1}{", None, "json_malformed", 400),
