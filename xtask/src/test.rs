@@ -116,7 +116,7 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
         })?;
     }
     steps.step("the proxy-wasm host against Envoy", || {
-        with_products(&mut workspace.cargo(&[
+        with_products(&mut workspace.cargo([
             "test",
             "--release",
             "--quiet",
