@@ -227,7 +227,8 @@ impl Config {
             let mut json = serde_json::Deserializer::from_slice(bytes);
             let document = serde_path_to_error::deserialize(&mut json).map_err(|error| {
                 let path = match error.path().to_string() {
-                    root if root == "." => "the top".to_string(),
+                    // An empty name at the top has an empty path.
+                    root if root == "." || root.is_empty() => "the top".to_string(),
                     path => path,
                 };
                 ConfigError::Field { path, reason: error.inner().to_string() }
@@ -371,6 +372,7 @@ mod tests {
             (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),
             (r#"[]"#, ["at the top", "invalid"]),
             (r#"{} {}"#, ["the end", "trailing"]),
+            (r#"{"": 1}"#, ["at the top", "unknown field ``"]),
         ] {
             let message = message(json);
             for part in parts {
