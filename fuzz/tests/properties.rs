@@ -73,6 +73,7 @@ const CONFIG: &[&[u8]] = &[
     b":",
     b"\"name\":\"edge\"",
     b"\"name\":\"\"",
+    b"\"\":0",
     b"\"alpha\":0.01",
     b"\"alpha\":0.000001",
     b"\"alpha\":1e-7",
