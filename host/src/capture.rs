@@ -17,6 +17,9 @@ use std::path::{Path, PathBuf};
 use flate2::bufread::MultiGzDecoder;
 use serde::Deserialize;
 
+/// Header fields in order, names as captured.
+pub type Headers = Vec<(String, String)>;
+
 /// An HTTP request as captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpRequest {
@@ -25,7 +28,7 @@ pub struct HttpRequest {
     /// Request target as sent: path and query (RFC 9112 section 3.2.1).
     pub target: String,
     /// Header fields in order, names as captured.
-    pub headers: Vec<(String, String)>,
+    pub headers: Headers,
     /// Body with any transfer coding removed.
     pub body: Vec<u8>,
 }
@@ -36,7 +39,7 @@ pub struct HttpResponse {
     /// Status code, e.g. 200.
     pub status: u16,
     /// Header fields in order, names as captured.
-    pub headers: Vec<(String, String)>,
+    pub headers: Headers,
     /// Body with any transfer coding removed.
     pub body: Vec<u8>,
 }
@@ -281,7 +284,7 @@ fn parse_response(raw: &str) -> Result<HttpResponse, &'static str> {
 
 /// Start line, header fields and body of a raw message. Recordings hold bodies with the transfer
 /// coding already removed, so `content-length` and `transfer-encoding` say nothing here.
-fn split_message(raw: &str) -> Result<(&str, Vec<(String, String)>, &str), &'static str> {
+fn split_message(raw: &str) -> Result<(&str, Headers, &str), &'static str> {
     let (head, body) = match raw.split_once("\r\n\r\n") {
         Some(parts) => parts,
         None => (raw.strip_suffix("\r\n").unwrap_or(raw), ""),

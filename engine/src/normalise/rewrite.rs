@@ -92,7 +92,8 @@ fn rewrite<M: AsRef<[u8]>>(
     }
 }
 
-/// Replaces secrets and personal data by `[REDACTED:class]`. Redacting twice is redacting once.
+/// Replaces secrets and personal data by `[REDACTED:class]`. With [`ClassSet::REDACTED`], redacting
+/// twice is redacting once.
 #[derive(Clone, Debug)]
 pub struct Redactor {
     scanner: Scanner,
