@@ -55,7 +55,7 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
     steps.step("tidy", || tidy::tidy(workspace))?;
     steps.step("format", || cargo(&["fmt", "--all", "--check"]))?;
 
-    for package in ["xtask", "driftlock-engine", "driftlock-inspect"] {
+    for package in ["xtask", "driftlock-engine", "driftlock-inspect", "driftlock-fuzz"] {
         steps.step(&format!("tests of {package}"), || cargo(&["test", "--quiet", "--package", package]))?;
     }
     steps.step("bare metal: engine and inspect without std", || {
