@@ -35,7 +35,7 @@ pub struct Args {
     /// Plugin configuration, JSON.
     #[arg(long)]
     pub config: Option<PathBuf>,
-    /// Show units that did not decide, too.
+    /// Show messages that are not anomalous and units that did not decide, too.
     #[arg(long)]
     pub all: bool,
     /// Most bytes of a unit that are shown, around its spans.
@@ -190,8 +190,13 @@ pub fn render(
     let mut out = String::new();
     let bold = Style::new().bold();
     let texts = unit_texts(exchange);
+    let anomalous = |verdict: &Value| verdict["outcome"] == "anomalous";
+    let only_anomalous = !all && verdicts.iter().flatten().any(anomalous);
     for ((direction, verdict), texts) in ["request", "response"].iter().zip(verdicts).zip(&texts) {
         let Some(verdict) = verdict else { continue };
+        if only_anomalous && !anomalous(verdict) {
+            continue;
+        }
         let stream = verdict["stream"].as_str().unwrap_or_default();
         let outcome = verdict["outcome"].as_str().unwrap_or_default();
         out += &format!(

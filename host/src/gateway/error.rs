@@ -4,6 +4,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::train::ConfigurationError;
+
 /// Why the gateway did not start or did not stop as asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -40,6 +42,9 @@ pub enum GatewayError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The plugin configuration could not be put together.
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
     /// The filter did not load or start.
     #[error("the filter does not start: {0}")]
     Filter(String),

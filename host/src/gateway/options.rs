@@ -11,6 +11,8 @@ use http::Uri;
 use super::access_log::AccessLogTarget;
 use super::error::GatewayError;
 use super::filter::FilterFactory;
+use crate::replay::find_filter;
+use crate::train::plugin_configuration;
 
 /// "For ever", and far from the limits of timer arithmetic.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
@@ -171,12 +173,18 @@ pub struct Args {
     /// Upstream to forward to, such as http://127.0.0.1:8000
     #[arg(long, value_name = "URI")]
     pub upstream: Uri,
-    /// proxy-wasm module to run; without it the gateway only forwards
+    /// proxy-wasm module to run; by default Driftlock's, beside this program
     #[arg(long, value_name = "FILE")]
     pub filter: Option<PathBuf>,
+    /// Run no filter: only forward
+    #[arg(long, conflicts_with_all = ["filter", "config", "baseline"])]
+    pub no_filter: bool,
     /// File handed to the filter as its plugin configuration
-    #[arg(long, value_name = "FILE", requires = "filter")]
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Baseline to put into the plugin configuration, from `driftlock train`
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
     /// Root id handed to the filter (Istio's pluginName)
     #[arg(long, value_name = "NAME", default_value = "driftlock")]
     pub root_id: String,
@@ -218,15 +226,14 @@ impl TryFrom<Args> for GatewayOptions {
     type Error = GatewayError;
 
     fn try_from(args: Args) -> Result<Self, GatewayError> {
-        let plugin_configuration = match args.config {
-            Some(path) => std::fs::read(&path).map_err(|source| GatewayError::File {
-                action: "read the plugin configuration",
-                path,
-                source,
-            })?,
-            None => Vec::new(),
+        let plugin_configuration = match (&args.config, &args.baseline) {
+            (None, None) => Vec::new(),
+            (config, baseline) => plugin_configuration(config.as_deref(), baseline.as_deref())?,
         };
-        let filter = args.filter.map_or(FilterSource::None, FilterSource::WasmFile);
+        let filter = match args.no_filter {
+            true => FilterSource::None,
+            false => FilterSource::WasmFile(find_filter(args.filter.as_deref())),
+        };
         let defaults = Self::new(args.upstream, filter);
         Ok(Self {
             listen: args.listen,
