@@ -132,21 +132,15 @@ impl Counts {
         if self.occupied * 2 >= self.slots.len() && self.occupied < self.max_ngrams {
             self.grow();
         }
-        if self.occupied >= self.max_ngrams {
-            // Known n-grams only.
-            match self.slot(key) {
-                Some(slot) if slot.0 == key => slot.1 = slot.1.saturating_add(count),
-                _ => self.overflowed = self.overflowed.saturating_add(1),
-            }
-            return;
-        }
+        // A full counter goes on counting what it knows.
+        let full = self.occupied >= self.max_ngrams;
         match self.slot(key) {
             Some(slot) if slot.0 == key => slot.1 = slot.1.saturating_add(count),
-            Some(slot) => {
+            Some(slot) if !full => {
                 *slot = (key, count);
                 self.occupied += 1;
             }
-            None => self.overflowed = self.overflowed.saturating_add(1),
+            _ => self.overflowed = self.overflowed.saturating_add(1),
         }
     }
 

@@ -6,11 +6,10 @@
 //!
 //! Cost: one exchange. Left out on purpose: the HTML page.
 
-use std::io;
 use std::path::PathBuf;
 
 use anstyle::{AnsiColor, Color, Style};
-use driftlock_engine::baseline::{Snapshot, SnapshotError, StreamBaseline};
+use driftlock_engine::baseline::{Snapshot, StreamBaseline};
 use driftlock_engine::coder::UNITS_PER_BIT;
 use driftlock_inspect::config::{Config, ConfigError};
 use driftlock_inspect::content::{ApiStyle, BodyParser, Sink, Unit};
@@ -56,14 +55,6 @@ pub enum ExplainError {
     /// The configuration's contents.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The baseline.
-    #[error("the baseline {path}: {error}")]
-    Baseline {
-        /// Which file.
-        path: PathBuf,
-        /// What is wrong with it.
-        error: SnapshotError,
-    },
     /// No such exchange.
     #[error("no exchange in {path} has the id {id:?}")]
     NoSuchId {
@@ -78,12 +69,9 @@ pub enum ExplainError {
     /// It cannot be sent, so no proxy would see it.
     #[error("the exchange cannot be inspected")]
     NotSendable(#[from] wire::NotSendable),
-    /// Writing.
-    #[error("cannot write: {0}")]
-    Write(#[from] io::Error),
 }
 
-/// One content unit's whole text, and where each byte came from.
+/// One content unit's whole text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitText {
     /// Kind and ordinal.

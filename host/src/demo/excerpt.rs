@@ -5,9 +5,8 @@
 //! around the costliest span. Control characters are made visible, since the text may be hostile to
 //! the terminal that shows it. Cost: one parse of the message, only for what is reported.
 
-use driftlock_inspect::content::{ApiStyle, BodyParser, Role, Sink, Unit};
-
-use crate::capture::{Exchange, header};
+use crate::capture::Exchange;
+use crate::explain::unit_texts;
 use crate::synth::Direction;
 
 /// Characters shown before and after the surprising part, and of that part itself.
@@ -71,46 +70,13 @@ pub(super) fn unit_text(
     role: &str,
     index: u16,
 ) -> Option<Vec<u8>> {
-    let request = &exchange.request;
-    if role == Role::Target.as_str() {
-        return Some(format!("{} {}", request.method, request.target).into_bytes());
-    }
-    let style = ApiStyle::of_path(request.target.as_bytes());
-    let (parser, body) = match direction {
-        Direction::Request => {
-            let kind = header(&request.headers, "content-type").map(str::as_bytes);
-            (BodyParser::for_request(request.target.as_bytes(), kind), &request.body)
-        }
-        Direction::Response => {
-            let response = exchange.response.as_ref()?;
-            let kind = header(&response.headers, "content-type").map(str::as_bytes);
-            (BodyParser::for_response(style, kind), &response.body)
-        }
+    let [request, response] = unit_texts(exchange);
+    let texts = match direction {
+        Direction::Request => request,
+        Direction::Response => response,
     };
-    let mut wanted = Wanted { role, index, text: None };
-    let mut parser = parser.ok()?;
-    parser.push(body, &mut wanted);
-    // A body that breaks off still gave its units.
-    let _ = parser.finish(&mut wanted);
-    wanted.text
-}
-
-struct Wanted<'a> {
-    role: &'a str,
-    index: u16,
-    text: Option<Vec<u8>>,
-}
-
-impl Sink for Wanted<'_> {
-    fn text(&mut self, unit: Unit, text: &[u8], _body_offset: u64) {
-        if unit.role.as_str() == self.role && unit.index == self.index {
-            self.text.get_or_insert_default().extend_from_slice(text);
-        }
-    }
-
-    fn end(&mut self, _unit: Unit) {}
-
-    fn skipped(&mut self, _unit: Unit, _bytes: u64) {}
+    let wanted = texts.into_iter().find(|text| text.unit.role.as_str() == role && text.unit.index == index);
+    wanted.map(|text| text.text)
 }
 
 #[cfg(test)]

@@ -57,11 +57,6 @@ impl WasmReplay {
         Ok(Self { plugin: Plugin::start(module, options)? })
     }
 
-    /// Bytes of the VM's linear memory.
-    pub fn memory_bytes(&self) -> usize {
-        self.plugin.memory_bytes()
-    }
-
     /// Maps and replays one exchange.
     ///
     /// # Errors
