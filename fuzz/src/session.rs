@@ -257,7 +257,7 @@ impl Script {
             assert!(matches!(outcome, "not_inspected" | "anomalous"), "lost: {lost}, {verdict}");
             assert!(verdict["reason"].is_string(), "{verdict}");
         }
-        let chat = ApiStyle::of_path(proxy.path).is_some();
+        let chat = ApiStyle::of_path(proxy.path) == Some(ApiStyle::OpenAiChat);
         let json = match i {
             0 => chat || proxy.content_types[0] == JSON,
             _ => proxy.content_types[1] == JSON,

@@ -23,6 +23,10 @@ use crate::openai::{Chat, ChatStream, Mode};
 use crate::sse::{self, EventReader};
 use alloc::boxed::Box;
 
+mod style;
+
+pub use style::{ApiStyle, Framing, Provider};
+
 /// Which part of a message a text belongs to; part of the stream key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -34,8 +38,10 @@ pub enum Role {
     /// The user's turn; also any message whose role is missing, late or unknown, since that is the least
     /// trusted reading.
     User,
-    /// The model's turn: content, refusal, reasoning, transcript.
+    /// The model's turn: content, refusal, transcript.
     Assistant,
+    /// What the model thinks before it answers.
+    Reasoning,
     /// A tool call's name and arguments.
     ToolCall,
     /// What a tool returned.
@@ -54,6 +60,7 @@ impl Role {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Reasoning => "reasoning",
             Self::ToolCall => "tool_call",
             Self::ToolResult => "tool_result",
             Self::Envelope => "envelope",
@@ -175,54 +182,67 @@ impl NotInspected {
     }
 }
 
-/// How a body is read; part of the stream key, so it is known before the first byte.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ApiStyle {
-    /// OpenAI chat completions and compatible, whole or streamed.
-    OpenAiChat,
-    /// Any other JSON.
-    Json,
-    /// Any other server-sent events.
-    Sse,
-    /// `application/x-www-form-urlencoded`.
-    Form,
-    /// Any other text.
-    Text,
-    /// Decided by the first byte, JSON or text.
-    Unlabelled,
-}
-
-impl ApiStyle {
-    /// The name in stream keys, logs and metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::OpenAiChat => "openai.chat",
-            Self::Json => "json",
-            Self::Sse => "sse",
-            Self::Form => "form",
-            Self::Text => "text",
-            Self::Unlabelled => "unlabelled",
-        }
-    }
-
-    /// The API that a request path (query included or not) belongs to, if its schema is known.
-    pub fn of_path(path: &[u8]) -> Option<Self> {
-        let path = path.split(|byte| matches!(byte, b'?' | b'#')).next().unwrap_or_default();
-        let path = path.strip_suffix(b"/").unwrap_or(path);
-        path.ends_with(b"/chat/completions").then_some(Self::OpenAiChat)
-    }
-}
-
 /// Token counts that the answer itself reports; the last ones seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// `usage.prompt_tokens`.
-    pub prompt_tokens: Option<u64>,
-    /// `usage.completion_tokens`.
-    pub completion_tokens: Option<u64>,
-    /// `usage.total_tokens`.
+    /// Of the prompt, those read from a cache included where the provider counts so.
+    pub input_tokens: Option<u64>,
+    /// Of the answer.
+    pub output_tokens: Option<u64>,
+    /// Both, if the provider says so itself.
     pub total_tokens: Option<u64>,
+    /// Prompt tokens read from a cache.
+    pub cached_tokens: Option<u64>,
+    /// Answer tokens spent on reasoning.
+    pub reasoning_tokens: Option<u64>,
+}
+
+/// A short text kept from a body, cut after [`Label::MAX_BYTES`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Label {
+    bytes: [u8; Self::MAX_BYTES],
+    len: u8,
+}
+
+impl Label {
+    /// What is kept.
+    pub const MAX_BYTES: usize = 80;
+
+    /// The text; if it was cut inside a character, without it.
+    pub fn as_str(&self) -> &str {
+        let bytes = self.bytes();
+        match core::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                let valid = bytes.get(..error.valid_up_to()).unwrap_or_default();
+                core::str::from_utf8(valid).unwrap_or_default()
+            }
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.bytes.get(..usize::from(self.len)).unwrap_or_default()
+    }
+
+    #[allow(dead_code, reason = "the document reader to come fills labels")]
+    pub(crate) fn push(&mut self, text: &[u8]) {
+        for (place, byte) in self.bytes.iter_mut().skip(usize::from(self.len)).zip(text) {
+            *place = *byte;
+            self.len += 1;
+        }
+    }
+}
+
+impl Default for Label {
+    fn default() -> Self {
+        Self { bytes: [0; Self::MAX_BYTES], len: 0 }
+    }
+}
+
+impl core::fmt::Debug for Label {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// What was read, beside the units.
@@ -234,12 +254,20 @@ pub struct Summary {
     pub leading_blank_bytes: u64,
     /// The sum of what [`Sink::skipped`] was told.
     pub skipped_bytes: u64,
-    /// Server-sent events with data, `[DONE]` apart.
+    /// Images, recordings and files inside the body, of which only the beginning is scored.
+    pub media: u32,
+    /// Documents of a stream: events with data (`[DONE]` apart), lines, frames.
     pub events: u64,
-    /// The stream's `[DONE]` came.
+    /// The answer came to its own end: the stream's last event, or the whole document.
     pub terminated: bool,
+    /// An error event or object of the provider's.
+    pub provider_error: bool,
     /// Token counts.
     pub usage: Usage,
+    /// The model that the message names, the first one.
+    pub model: Option<Label>,
+    /// Why the model stopped, in the provider's words; the last one.
+    pub finish_reason: Option<Label>,
 }
 
 /// The content-type's essence, without parameters.
@@ -338,6 +366,7 @@ enum Parser {
 #[derive(Debug)]
 pub struct BodyParser {
     style: ApiStyle,
+    framing: Framing,
     parser: Parser,
     /// Blanks are being skipped.
     leading: bool,
@@ -355,7 +384,9 @@ impl BodyParser {
             let parser = Parser::Chat(Box::new(Chat::new(Mode::Request)));
             return Ok(Self::new(ApiStyle::OpenAiChat, parser));
         }
-        Media::of(content_type).map(Self::generic)
+        let mut parser = Media::of(content_type).map(Self::generic)?;
+        parser.style = ApiStyle::of_path(path).unwrap_or(parser.style);
+        Ok(parser)
     }
 
     /// The parser for a response's body, from [`ApiStyle::of_path`] of its request and its own content-type
@@ -369,7 +400,9 @@ impl BodyParser {
     ) -> Result<Self, NotInspected> {
         let media = Media::of(content_type)?;
         if request != Some(ApiStyle::OpenAiChat) {
-            return Ok(Self::generic(media));
+            let mut parser = Self::generic(media);
+            parser.style = request.unwrap_or(parser.style);
+            return Ok(parser);
         }
         Ok(match media {
             Media::EventStream => {
@@ -397,12 +430,25 @@ impl BodyParser {
 
     fn new(style: ApiStyle, parser: Parser) -> Self {
         let leading = matches!(parser, Parser::Chat(_) | Parser::Json(_) | Parser::Unknown { .. });
-        Self { style, parser, leading, summary: Summary::default(), finished: false }
+        let framing = match parser {
+            Parser::ChatStream(_) | Parser::Events(..) => Framing::Sse,
+            Parser::Chat(_)
+            | Parser::Json(_)
+            | Parser::Text
+            | Parser::CheckedText(..)
+            | Parser::Unknown { .. } => Framing::Whole,
+        };
+        Self { style, framing, parser, leading, summary: Summary::default(), finished: false }
     }
 
     /// How this body is read.
     pub fn style(&self) -> ApiStyle {
         self.style
+    }
+
+    /// How its documents stand in it, as the content-type says.
+    pub fn framing(&self) -> Framing {
+        self.framing
     }
 
     /// Reads the next bytes of the body, cut anywhere. After [`BodyParser::finish`] it does nothing.

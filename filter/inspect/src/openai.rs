@@ -691,9 +691,9 @@ impl<S: Sink> Handler for Pass<'_, S> {
                     *call = call.or(value);
                 }
             }
-            Place::PromptTokens => document.usage.prompt_tokens = value.or(document.usage.prompt_tokens),
+            Place::PromptTokens => document.usage.input_tokens = value.or(document.usage.input_tokens),
             Place::CompletionTokens => {
-                document.usage.completion_tokens = value.or(document.usage.completion_tokens);
+                document.usage.output_tokens = value.or(document.usage.output_tokens);
             }
             Place::TotalTokens => document.usage.total_tokens = value.or(document.usage.total_tokens),
             _ => {}

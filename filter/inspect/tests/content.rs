@@ -918,8 +918,8 @@ fn a_stream_joins_its_pieces() {
         )
     );
     assert_eq!((summary.events, summary.terminated, summary.skipped_bytes), (6, true, 4 + 1 + 1 + 2 + 1));
-    assert_eq!(summary.usage.prompt_tokens, Some(3));
-    assert_eq!(summary.usage.completion_tokens, Some(2));
+    assert_eq!(summary.usage.input_tokens, Some(3));
+    assert_eq!(summary.usage.output_tokens, Some(2));
     assert_eq!(summary.usage.total_tokens, Some(5));
 }
 
