@@ -10,6 +10,9 @@
 //! [`calibrate`] (scores to conformal p-values) → [`baseline`] (train, freeze, encode, digest) →
 //! [`detector`] (learn / score state machine per stream) → [`evidence`] (the verdict).
 //!
+//! Beside it [`adapters`] (classical compressors as code lengths) and [`metrics`] (what is computed from
+//! code lengths), for distances, evaluation and cross-checks.
+//!
 //! Left out on purpose: HTTP, JSON parsing, time, threads, logging. Those belong to the callers.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -22,12 +25,14 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod adapters;
 pub mod baseline;
 pub mod calibrate;
 pub mod coder;
 pub mod detector;
 pub mod drift;
 pub mod evidence;
+pub mod metrics;
 pub mod normalise;
 pub mod score;
 pub mod significance;

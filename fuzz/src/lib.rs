@@ -15,9 +15,11 @@
 //! | [`coder`] | code lengths against a naive model |
 //! | [`rewrite`] | normalising and redacting text |
 //! | [`score`] | scores against sums, for every split |
+//! | [`adapters`] | code lengths of the compressors within and beyond their windows; the router |
 //!
-//! Left out on purpose: the adapters and the proxy-wasm host calls, which parse nothing.
+//! Left out on purpose: the proxy-wasm host calls, which parse nothing.
 
+pub mod adapters;
 pub mod body;
 pub mod coder;
 pub mod config;

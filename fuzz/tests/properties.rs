@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use driftlock_engine::baseline::Snapshot;
-use driftlock_fuzz::{body, coder, config, rewrite, score, session, snapshot, splits};
+use driftlock_fuzz::{adapters, body, coder, config, rewrite, score, session, snapshot, splits};
 use proptest::prelude::*;
 
 const JSON: &[&[u8]] = &[
@@ -307,6 +307,25 @@ proptest! {
     fn splits_of_small_bodies(direction in 0u8..3, body in prop_oneof![nearly_json(), fragments(JSON, 12), fragments(EVENTS, 12)], one in cuts(), other in cuts()) {
         let (head, tail) = body.split_at(body.len().min(511));
         splits::holds(&split_case(direction, head, 0, b"", &tail[..tail.len().min(255)], &one, &other));
+    }
+}
+
+proptest! {
+    #![proptest_config(few(1000))]
+
+    #[test]
+    fn compressors(
+        routes in prop::collection::vec(any::<[u8; 5]>(), 0..8),
+        question in any::<[u8; 4]>(),
+        adapter in any::<u8>(),
+        baseline in fragments(JSON, 12),
+        repeats in prop_oneof![3 => 0u16..4, 1 => 0u16..400],
+        text in fragments(JSON, 60),
+    ) {
+        let baseline = &baseline[..baseline.len().min(255)];
+        let choices = [vec![routes.len() as u8], routes.concat(), question.to_vec()].concat();
+        let size = [&[adapter, baseline.len() as u8], &repeats.to_be_bytes()[..]].concat();
+        adapters::holds(&[choices, size, baseline.to_vec(), text].concat());
     }
 }
 

@@ -8,11 +8,29 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::build::{self, Dist, GUEST};
-use crate::command::{Failure, Workspace, run};
-use crate::{envoy, tidy};
+use crate::command::{Failure, Workspace, run, succeeds};
+use crate::{debian, envoy, tidy};
 
 /// A bare-metal target: it has no `std` at all, so a crate that builds for it needs none.
 const BARE_METAL: &str = "thumbv7em-none-eabi";
+
+/// The engine's feature tiers as `engine/Cargo.toml` has them, where each must build. The tiers without
+/// features and with all of them are built by other steps.
+const TIERS: [(&str, &str); 5] = [
+    (BARE_METAL, "lz4"),
+    (BARE_METAL, "deflate"),
+    (GUEST, "lz4,deflate"),
+    (GUEST, "zstd"),
+    (GUEST, "zstd,lz4,deflate"),
+];
+
+/// zstd is C code, and for wasm32 cc takes clang.
+fn need_clang() -> Result<(), Failure> {
+    if succeeds(Command::new("clang").arg("--version")) {
+        return Ok(());
+    }
+    debian::install(&["clang"], "zstd for wasm32 needs a C compiler that knows wasm")
+}
 
 /// Runs all steps, stops at the first that fails, and says how long each took.
 pub(crate) fn test(workspace: &Workspace) -> Result<(), Failure> {
@@ -66,6 +84,36 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             }
         }
         Ok(())
+    })?;
+    steps.step("tiers of the engine, each alone", || {
+        need_clang()?;
+        for (target, features) in TIERS {
+            cargo(&[
+                "build",
+                "--quiet",
+                "--package",
+                "driftlock-engine",
+                "--no-default-features",
+                "--features",
+                features,
+                "--target",
+                target,
+            ])?;
+        }
+        Ok(())
+    })?;
+    // In the release profile: the host links the same C libraries there.
+    steps.step("every adapter against its codec", || {
+        cargo(&[
+            "test",
+            "--quiet",
+            "--release",
+            "--package",
+            "driftlock-engine",
+            "--all-features",
+            "--test",
+            "adapters",
+        ])
     })?;
 
     for package in ["driftlock-engine", "driftlock-inspect", "driftlock-fuzz", "xtask"] {

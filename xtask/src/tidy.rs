@@ -37,10 +37,16 @@ const RULES: &[Rule] = &[
             "lz4_flex",
             "miniz_oxide",
             "zstd-safe",
-            "openzl-sys",
+            "driftlock-openzl",
         ]),
         never: RUNTIMES,
         why: "the engine is no_std: core, alloc, codecs and arithmetic",
+    },
+    Rule {
+        package: "driftlock-openzl",
+        only: Some(&["openzl-sys", "thiserror"]),
+        never: RUNTIMES,
+        why: "it holds the unsafe of one binding and nothing else",
     },
     Rule {
         package: "driftlock-inspect",
