@@ -81,6 +81,18 @@ pub enum AbiError {
         /// The guest's last log lines at warn and above.
         log: LastWords,
     },
+    /// The guest used up its fuel; its VM is lost.
+    #[error(
+        "the filter used up its {fuel} units of fuel in {callback} and was stopped; raise Limits::callback_fuel if that is too few{log}"
+    )]
+    OutOfFuel {
+        /// The guest function that was running.
+        callback: &'static str,
+        /// What it was given.
+        fuel: u64,
+        /// The guest's last log lines at warn and above.
+        log: LastWords,
+    },
     /// An earlier call crashed this VM.
     #[error("this VM is lost since it crashed; start a new one ({reason})")]
     Poisoned {
@@ -94,7 +106,7 @@ pub enum AbiError {
         id: u32,
     },
     /// An answer arrived for a call that is not outstanding.
-    #[error("http call {id} is not outstanding")]
+    #[error("call {id} is not outstanding: it was answered, or the filter cancelled it")]
     UnknownCall {
         /// The call id.
         id: u32,

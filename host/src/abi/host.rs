@@ -6,13 +6,17 @@ use std::time::Instant;
 
 use wasmtime::{Memory, StoreLimits, TypedFunc};
 
+use super::callout::Callouts;
 use super::clock::{Clock, Generator};
+use super::foreign::{ForeignFunction, ForeignFunctions};
 use super::headers::HeaderMap;
 use super::log::GuestLog;
-use super::plugin::{ForeignFunctions, HttpCall, Limits};
-use super::shared::SharedState;
+use super::network::Peer;
+use super::options::Limits;
+use super::shared::{Enrolment, SharedState};
 use super::status::{BufferType, Direction, MapType, Status};
 use super::stream::{LocalReply, Stream};
+use super::tape::Tape;
 
 /// Largest scratch buffer that is kept between calls.
 pub(super) const SCRATCH_MAX_BYTES: usize = 1024 * 1024;
@@ -24,6 +28,8 @@ pub(super) const FILTER_STATE_MAX_BYTES: usize = 1024 * 1024;
 /// What the guest asked for that happens after its callback returns.
 pub(super) enum Deferred {
     Continue(u32, Direction),
+    /// A connection's client may be read again.
+    Resume(u32),
     Reply(u32, LocalReply),
     Close(u32),
 }
@@ -31,7 +37,7 @@ pub(super) enum Deferred {
 impl Deferred {
     pub(super) fn stream(&self) -> u32 {
         match self {
-            Self::Continue(id, _) | Self::Reply(id, _) | Self::Close(id) => *id,
+            Self::Continue(id, _) | Self::Resume(id) | Self::Reply(id, _) | Self::Close(id) => *id,
         }
     }
 }
@@ -42,6 +48,14 @@ pub(super) struct CallAnswer {
     pub(super) headers: HeaderMap,
     pub(super) body: Vec<u8>,
     pub(super) trailers: HeaderMap,
+}
+
+/// What came on a gRPC call while the guest reads it.
+#[derive(Default)]
+pub(super) struct GrpcAnswer {
+    pub(super) initial: Option<HeaderMap>,
+    pub(super) trailing: Option<HeaderMap>,
+    pub(super) message: Vec<u8>,
 }
 
 /// The state behind the host calls of one VM.
@@ -60,6 +74,8 @@ pub(super) struct Host {
     pub(super) configuring: bool,
     pub(super) environment: Vec<(String, String)>,
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Names of properties declared through the foreign function `declare_property`.
+    pub(super) declared: BTreeSet<Vec<u8>>,
     pub(super) foreign: ForeignFunctions,
     pub(super) upstreams: Option<BTreeSet<String>>,
 
@@ -67,8 +83,9 @@ pub(super) struct Host {
     pub(super) started: Instant,
     pub(super) random: Generator,
     pub(super) shared: SharedState,
-    pub(super) vm: u64,
+    pub(super) vm: Enrolment,
     pub(super) log: GuestLog,
+    pub(super) tape: Option<Tape>,
     pub(super) scratch: Vec<u8>,
 
     pub(super) root: u32,
@@ -81,11 +98,12 @@ pub(super) struct Host {
     pub(super) root_done_pending: bool,
     pub(super) root_done: bool,
 
-    pub(super) last_call: u32,
-    pub(super) outstanding: BTreeSet<u32>,
-    pub(super) calls: Vec<HttpCall>,
+    pub(super) callouts: Callouts,
     pub(super) answer: Option<CallAnswer>,
-    pub(super) call_status: (u32, &'static str),
+    pub(super) grpc: GrpcAnswer,
+    pub(super) call_status: (u32, String),
+    /// What `proxy_on_foreign_function` was called with.
+    pub(super) call_data: Vec<u8>,
 }
 
 impl Host {
@@ -115,6 +133,8 @@ impl Host {
             MapType::HttpCallTrailers => {
                 self.answer.as_ref().map(|answer| &answer.trailers).filter(|trailers| !trailers.is_empty())
             }
+            MapType::GrpcInitialMetadata => self.grpc.initial.as_ref(),
+            MapType::GrpcTrailingMetadata => self.grpc.trailing.as_ref(),
             _ => self.stream()?.readable_map(kind),
         }
     }
@@ -140,7 +160,32 @@ impl Host {
             BufferType::VmConfiguration => Ok(&self.vm_configuration),
             BufferType::PluginConfiguration if self.configuring => Ok(&self.plugin_configuration),
             BufferType::PluginConfiguration => Err(Status::NotFound),
-            BufferType::CallData | BufferType::Absent => Ok(&[]),
+            BufferType::DownstreamData => Ok(self.connection_bytes(Peer::Downstream)),
+            BufferType::UpstreamData => Ok(self.connection_bytes(Peer::Upstream)),
+            BufferType::GrpcMessage => Ok(&self.grpc.message),
+            BufferType::CallData => Ok(&self.call_data),
+        }
+    }
+
+    fn connection_bytes(&self, peer: Peer) -> &[u8] {
+        let connection = self.stream().and_then(|stream| stream.connection.as_ref());
+        connection.map_or(&[], |connection| connection.visible(peer))
+    }
+
+    /// Notes what is to happen after the callback; what says nothing new is dropped, so that a guest in
+    /// a loop cannot make the list grow.
+    pub(super) fn defer(&mut self, deferred: Deferred) {
+        let id = deferred.stream();
+        let known = self.deferred.iter().any(|old| match (old, &deferred) {
+            (Deferred::Reply(old, _) | Deferred::Close(old), Deferred::Reply(..) | Deferred::Close(_)) => {
+                *old == id
+            }
+            (Deferred::Continue(old, side), Deferred::Continue(_, new)) => *old == id && side == new,
+            (Deferred::Resume(old), Deferred::Resume(_)) => *old == id,
+            _ => false,
+        });
+        if !known {
+            self.deferred.push(deferred);
         }
     }
 
@@ -169,8 +214,10 @@ impl Host {
     pub(super) fn set_filter_state(&mut self, path: &[u8], value: &[u8]) -> Result<(), Status> {
         let stream = self.stream_mut().ok_or(Status::NotFound)?;
         let key = format!("wasm.{}", String::from_utf8_lossy(path));
-        let old = stream.filter_state.get(&key).map_or(0, |old| key.len() + old.len());
-        let after = stream.filter_state_bytes - old + key.len() + value.len();
+        // An entry takes room beside its bytes.
+        let cost = |value: &[u8]| key.len() + value.len() + 64;
+        let old = stream.filter_state.get(&key).map_or(0, |old| cost(old));
+        let after = stream.filter_state_bytes - old + cost(value);
         if after > FILTER_STATE_MAX_BYTES {
             return Err(Status::InternalFailure);
         }
@@ -185,8 +232,7 @@ impl Host {
     }
 
     /// Looks up a function that the embedder registered.
-    pub(super) fn foreign_function(&self, name: &[u8]) -> Option<super::plugin::ForeignFunction> {
-        let name = std::str::from_utf8(name).ok()?;
-        self.foreign.get(name).map(Arc::clone)
+    pub(super) fn foreign_function(&self, name: &[u8]) -> Option<ForeignFunction> {
+        self.foreign.find(name)
     }
 }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use wasmtime::{Caller, Extern, TypedFunc};
+use wasmtime::{Caller, Extern};
 
 use super::host::Host;
 use super::status::Status;
@@ -85,47 +85,45 @@ pub(super) fn read_u32(memory: &[u8], ptr: u32) -> Result<u32, Status> {
 }
 
 /// Copies what `fill` writes into memory that the guest allocates for it, and stores where it is and
-/// how long. Nothing at all is a null pointer and length 0, without an allocation.
+/// how long (`out`: the two places). Nothing at all is a null pointer and length 0, without an
+/// allocation.
 ///
 /// The bytes pass through a scratch buffer, since the guest's allocator runs in between and may
 /// change anything; the buffer is reused, so no call allocates once it is warm.
 pub(super) fn give(
     caller: &mut Caller<'_, Host>,
-    ptr_out: u32,
-    len_out: u32,
+    out: (u32, u32),
     fill: impl FnOnce(&mut Host, &mut Vec<u8>) -> Result<(), Status>,
 ) -> Outcome {
     let host = caller.data_mut();
     let mut value = std::mem::take(&mut host.scratch);
     value.clear();
-    let outcome =
-        fill(host, &mut value).map_err(Stop::Status).and_then(|()| deliver(caller, ptr_out, len_out, &value));
+    let outcome = fill(host, &mut value).map_err(Stop::Status).and_then(|()| deliver(caller, out, &value));
     if value.capacity() <= super::host::SCRATCH_MAX_BYTES {
         caller.data_mut().scratch = value;
     }
     outcome
 }
 
-fn deliver(caller: &mut Caller<'_, Host>, ptr_out: u32, len_out: u32, value: &[u8]) -> Outcome {
+/// Gives `value` to the guest, as [`give`].
+pub(super) fn deliver(caller: &mut Caller<'_, Host>, out: (u32, u32), value: &[u8]) -> Outcome {
     let len = u32::try_from(value.len()).map_err(|_| Status::InternalFailure)?;
-    let mut address = 0;
-    if len > 0 {
-        let allocate = allocator(caller)?;
-        address = allocate.call(&mut *caller, len)?;
-        if address == 0 {
-            return Err(Status::InvalidMemoryAccess.into());
-        }
-    }
+    let address = if len > 0 { allocate(caller, value)? } else { 0 };
     let (memory, _) = view(caller)?;
-    if len > 0 {
-        bytes_mut(memory, address, len)?.copy_from_slice(value);
-    }
-    write_u32(memory, ptr_out, address)?;
-    write_u32(memory, len_out, len)?;
+    write_u32(memory, out.0, address)?;
+    write_u32(memory, out.1, len)?;
     Ok(())
 }
 
-fn allocator(caller: &Caller<'_, Host>) -> Result<Arc<TypedFunc<u32, u32>>, Status> {
-    let allocate = caller.data().allocate.as_ref();
-    allocate.map(Arc::clone).ok_or(Status::InternalFailure)
+/// Copies `value` into memory that the guest allocates for it, and returns where it is.
+pub(super) fn allocate(caller: &mut Caller<'_, Host>, value: &[u8]) -> Result<u32, Stop> {
+    let len = u32::try_from(value.len()).map_err(|_| Status::InternalFailure)?;
+    let allocate = caller.data().allocate.as_ref().map(Arc::clone).ok_or(Status::InternalFailure)?;
+    let address = allocate.call(&mut *caller, len)?;
+    if address == 0 {
+        return Err(Status::InvalidMemoryAccess.into());
+    }
+    let (memory, _) = view(caller)?;
+    bytes_mut(memory, address, len)?.copy_from_slice(value);
+    Ok(address)
 }

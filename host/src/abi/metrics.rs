@@ -131,20 +131,29 @@ impl Metrics {
             return Err(Status::InternalFailure);
         }
         table.cells.push(Arc::new(Metric { name: name.to_owned(), cell: Cell::new(kind) }));
-        // 0 stays unused, so that a guest's forgotten initialisation shows as NotFound.
-        let id = u32::try_from(table.cells.len()).map_err(|_| Status::InternalFailure)?;
+        // As Envoy's: the kind in the two lowest bits, and 0 to 3 unused, so that a guest's forgotten
+        // initialisation shows as NotFound.
+        let index = u32::try_from(table.cells.len()).map_err(|_| Status::InternalFailure)?;
+        let id = index << 2 | kind as u32;
         table.by_name.insert((kind, name.to_owned()), id);
         Ok(id)
     }
 
     fn find(&self, id: u32) -> Result<Arc<Metric>, Status> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let index = id.checked_sub(1).ok_or(Status::NotFound)?;
-        table.cells.get(index as usize).cloned().ok_or(Status::NotFound)
+        let index = (id >> 2).checked_sub(1).ok_or(Status::NotFound)?;
+        let metric = table.cells.get(index as usize).ok_or(Status::NotFound)?;
+        // A token whose kind was changed is not a token.
+        if metric.cell.kind() as u32 == id & 3 { Ok(Arc::clone(metric)) } else { Err(Status::NotFound) }
+    }
+
+    /// Only counters and gauges can be incremented and read, whether or not the id exists.
+    fn find_number(&self, id: u32) -> Result<Arc<Metric>, Status> {
+        if id & 3 > MetricKind::Gauge as u32 { Err(Status::BadArgument) } else { self.find(id) }
     }
 
     pub(super) fn increment(&self, id: u32, offset: i64) -> Result<(), Status> {
-        match &self.find(id)?.cell {
+        match &self.find_number(id)?.cell {
             Cell::Counter(total) => {
                 if offset <= 0 {
                     return Err(Status::BadArgument);
@@ -184,7 +193,7 @@ impl Metrics {
     }
 
     pub(super) fn current(&self, id: u32) -> Result<u64, Status> {
-        match &self.find(id)?.cell {
+        match &self.find_number(id)?.cell {
             Cell::Counter(value) | Cell::Gauge(value) => Ok(value.load(Ordering::Relaxed)),
             Cell::Histogram { .. } => Err(Status::BadArgument),
         }
@@ -201,6 +210,14 @@ impl Cell {
                 sum: AtomicU64::new(0),
                 buckets: std::array::from_fn(|_| AtomicU64::new(0)),
             },
+        }
+    }
+
+    fn kind(&self) -> MetricKind {
+        match self {
+            Self::Counter(_) => MetricKind::Counter,
+            Self::Gauge(_) => MetricKind::Gauge,
+            Self::Histogram { .. } => MetricKind::Histogram,
         }
     }
 
@@ -260,10 +277,12 @@ mod tests {
         assert_eq!((count, sum), (4, u64::MAX));
         assert_eq!((buckets[0], buckets[1], buckets[18]), (2, 1, 1));
 
-        for id in [0, 99] {
+        for id in [0, 1, 2, 3, 396, 397, 398, 399, counter ^ 1, u32::MAX] {
+            let kind = id & 3;
+            let no_number = if kind > 1 { Status::BadArgument } else { Status::NotFound };
             assert_eq!(metrics.record(id, 1), Err(Status::NotFound));
-            assert_eq!(metrics.increment(id, 1), Err(Status::NotFound));
-            assert_eq!(metrics.current(id), Err(Status::NotFound));
+            assert_eq!(metrics.increment(id, 1), Err(no_number));
+            assert_eq!(metrics.current(id), Err(no_number));
         }
     }
 

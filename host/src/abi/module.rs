@@ -1,18 +1,18 @@
 //! A compiled filter: the expensive part of a start, done once and shared by every VM.
 //!
-//! Compilation costs seconds for a large filter, and its result can be kept on disk. Each module has
-//! its own wasmtime engine, and with it one thread that advances the engine's epoch every 10 ms, so
-//! that a guest which never returns is stopped; the check costs a load and a compare per loop
-//! iteration. The thread ends with the last VM. NaN bits and relaxed SIMD are made deterministic.
+//! Compilation costs seconds for a large filter, and its result can be kept on disk (see `cache`).
+//! Each module has its own wasmtime engine, and with it one thread that advances the engine's epoch
+//! every 10 ms, so that a guest which never returns is stopped; the check costs a load and a compare
+//! per loop iteration. The thread ends with the last VM. NaN bits and relaxed SIMD are made
+//! deterministic.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use wasmtime::{
-    Cache, CacheConfig, Config, Engine, ExternType, InstancePre, Linker, OptLevel, UnknownImportError,
-};
+use wasmtime::{Config, Engine, ExternType, InstancePre, Linker, OptLevel, UnknownImportError};
 
+use super::cache::{self, CacheUse};
 use super::error::AbiError;
 use super::host::Host;
 
@@ -29,6 +29,8 @@ struct Inner {
     engine: Engine,
     ready: InstancePre<Host>,
     abi: AbiVersion,
+    fuel: bool,
+    cache: CacheUse,
 }
 
 /// The ABI a module was built for.
@@ -43,8 +45,12 @@ pub enum AbiVersion {
 /// How to compile.
 #[derive(Debug, Clone, Default)]
 pub struct CompileOptions {
-    /// Keep compiled code in this directory and look for it there first. `None`: not on disk.
+    /// Keep compiled code in this directory and look for it there first. `None`: not on disk. What is
+    /// found is checked against its digest; whoever may write there may run code as this process, so a
+    /// directory that others may write to is not used.
     pub cache_directory: Option<PathBuf>,
+    /// Meter instructions, for [`Limits::callback_fuel`](super::Limits). Costs some 10 % of speed.
+    pub fuel: bool,
 }
 
 impl Module {
@@ -69,14 +75,13 @@ impl Module {
             .cranelift_opt_level(OptLevel::Speed)
             .cranelift_nan_canonicalization(true)
             .relaxed_simd_deterministic(true)
-            .epoch_interruption(true);
-        if let Some(directory) = &options.cache_directory {
-            let mut cache = CacheConfig::new();
-            cache.with_directory(directory);
-            config.cache(Some(Cache::new(cache).map_err(compile_error)?));
-        }
+            .epoch_interruption(true)
+            .consume_fuel(options.fuel);
         let engine = Engine::new(&config).map_err(compile_error)?;
-        let module = wasmtime::Module::new(&engine, bytes).map_err(compile_error)?;
+        let (module, cache) = match &options.cache_directory {
+            Some(directory) => cache::load_or_compile(&engine, bytes, directory).map_err(compile_error)?,
+            None => (wasmtime::Module::new(&engine, bytes).map_err(compile_error)?, CacheUse::Off),
+        };
         let abi = abi_version(&module)?;
 
         let mut linker = Linker::new(&engine);
@@ -86,13 +91,23 @@ impl Module {
         start_epoch(&engine).map_err(|error| AbiError::Compile {
             message: format!("cannot start the watchdog thread: {error}"),
         })?;
-        Ok(Self { inner: Arc::new(Inner { engine, ready, abi }) })
+        Ok(Self { inner: Arc::new(Inner { engine, ready, abi, fuel: options.fuel, cache }) })
     }
 
     /// The ABI version that the module declares; 0.2.1 when it declares both.
     #[must_use]
     pub fn abi_version(&self) -> AbiVersion {
         self.inner.abi
+    }
+
+    /// Whether the compiled code came from the cache, and why not.
+    #[must_use]
+    pub fn cache_use(&self) -> &CacheUse {
+        &self.inner.cache
+    }
+
+    pub(super) fn meters_fuel(&self) -> bool {
+        self.inner.fuel
     }
 
     pub(super) fn engine(&self) -> &Engine {

@@ -5,7 +5,7 @@
 //! a lock is held for a map operation only. Bytes are bounded; what does not fit is refused with
 //! `InternalFailure` and nothing is evicted.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::metrics::Metrics;
@@ -46,9 +46,60 @@ struct Queues {
     queues: Vec<Queue>,
     bytes: usize,
     last_vm: u64,
-    /// Queues with news, by the VM that registered last.
-    ready: HashMap<u64, BTreeSet<u32>>,
+    /// How many items came for each queue, by the VM that registered it last. Only VMs that exist.
+    vms: HashMap<u64, News>,
 }
+
+#[derive(Default)]
+struct News {
+    /// Items that the VM has not been told about yet, by queue.
+    ready: BTreeMap<u32, u64>,
+    wake: Option<Wake>,
+}
+
+/// Tells a VM's driver that its queues have news.
+type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// A VM's place among those that share state; the place goes with it.
+pub(super) struct Enrolment {
+    number: u64,
+    shared: SharedState,
+}
+
+impl Enrolment {
+    pub(super) fn wake_with(&self, wake: Wake) {
+        let mut queues = self.shared.queues();
+        if let Some(news) = queues.vms.get_mut(&self.number) {
+            news.wake = Some(wake);
+        }
+    }
+
+    /// One entry per item that this VM has not been told about, at most `limit`; the rest stays.
+    pub(super) fn take_ready(&self, limit: usize) -> Vec<u32> {
+        let mut queues = self.shared.queues();
+        let mut taken = Vec::new();
+        let Some(news) = queues.vms.get_mut(&self.number) else { return taken };
+        while taken.len() < limit
+            && let Some(mut first) = news.ready.first_entry()
+        {
+            taken.push(*first.key());
+            *first.get_mut() -= 1;
+            if *first.get() == 0 {
+                first.remove();
+            }
+        }
+        taken
+    }
+}
+
+impl Drop for Enrolment {
+    fn drop(&mut self) {
+        self.shared.queues().vms.remove(&self.number);
+    }
+}
+
+/// What an entry takes beside its bytes, so that empty ones are bounded too.
+const ENTRY_BYTES: usize = 64;
 
 struct Queue {
     owner: u64,
@@ -110,8 +161,9 @@ impl SharedState {
         if old.is_some_and(|(_, current)| cas != 0 && cas != *current) {
             return Err(Status::CasMismatch);
         }
-        let freed = old.map_or(0, |(old, _)| key.len() + old.len());
-        let after = *bytes - freed + key.len() + value.len();
+        let cost = |value: &[u8]| key.len() + value.len() + ENTRY_BYTES;
+        let freed = old.map_or(0, |(old, _)| cost(old));
+        let after = *bytes - freed + cost(value);
         if after > self.inner.limit_bytes {
             return Err(Status::InternalFailure);
         }
@@ -122,27 +174,29 @@ impl SharedState {
         Ok(())
     }
 
-    /// A number that tells VMs of one process apart.
-    pub(super) fn next_vm(&self) -> u64 {
+    /// A place for a new VM.
+    pub(super) fn enrol(&self) -> Enrolment {
         let mut queues = self.queues();
         queues.last_vm += 1;
-        queues.last_vm
+        let number = queues.last_vm;
+        queues.vms.insert(number, News::default());
+        Enrolment { number, shared: self.clone() }
     }
 
     /// The queue's id; `vm` becomes the one that is told about new items. Items are kept.
-    pub(super) fn register_queue(&self, vm: u64, vm_id: &str, name: &[u8]) -> Result<u32, Status> {
+    pub(super) fn register_queue(&self, vm: &Enrolment, vm_id: &str, name: &[u8]) -> Result<u32, Status> {
         let mut queues = self.queues();
         let key = (vm_id.as_bytes().to_vec(), name.to_vec());
         if let Some(id) = queues.ids.get(&key).copied() {
             if let Some(queue) = queues.find(id) {
-                queue.owner = vm;
+                queue.owner = vm.number;
             }
             return Ok(id);
         }
         if queues.queues.len() >= SHARED_QUEUES_MAX_COUNT {
             return Err(Status::InternalFailure);
         }
-        queues.queues.push(Queue { owner: vm, items: VecDeque::new() });
+        queues.queues.push(Queue { owner: vm.number, items: VecDeque::new() });
         let id = u32::try_from(queues.queues.len()).map_err(|_| Status::InternalFailure)?;
         queues.ids.insert(key, id);
         Ok(id)
@@ -156,14 +210,21 @@ impl SharedState {
 
     pub(super) fn enqueue(&self, id: u32, value: &[u8]) -> Result<(), Status> {
         let mut queues = self.queues();
-        if queues.bytes.saturating_add(value.len()) > self.inner.limit_bytes {
+        if queues.bytes.saturating_add(value.len() + ENTRY_BYTES) > self.inner.limit_bytes {
             return Err(Status::InternalFailure);
         }
         let queue = queues.find(id).ok_or(Status::NotFound)?;
         queue.items.push_back(value.to_vec());
         let owner = queue.owner;
-        queues.bytes += value.len();
-        queues.ready.entry(owner).or_default().insert(id);
+        queues.bytes += value.len() + ENTRY_BYTES;
+        let wake = queues.vms.get_mut(&owner).and_then(|news| {
+            *news.ready.entry(id).or_default() += 1;
+            news.wake.clone()
+        });
+        drop(queues);
+        if let Some(wake) = wake {
+            wake();
+        }
         Ok(())
     }
 
@@ -171,13 +232,8 @@ impl SharedState {
         let mut queues = self.queues();
         let queue = queues.find(id).ok_or(Status::NotFound)?;
         let value = queue.items.pop_front().ok_or(Status::Empty)?;
-        queues.bytes -= value.len();
+        queues.bytes -= value.len() + ENTRY_BYTES;
         Ok(value)
-    }
-
-    /// Queues that `vm` has not been told about since their last new item.
-    pub(super) fn take_ready(&self, vm: u64) -> BTreeSet<u32> {
-        self.queues().ready.remove(&vm).unwrap_or_default()
     }
 }
 
@@ -205,31 +261,48 @@ mod tests {
 
     #[test]
     fn data_and_queues_are_bounded_and_space_comes_back() {
-        let shared = SharedState::with_limit_bytes(10);
-        assert_eq!(shared.set("a", b"k", &[0; 9], 0), Ok(()));
+        let shared = SharedState::with_limit_bytes(ENTRY_BYTES * 2 + 10);
+        assert_eq!(shared.set("a", b"k", &[0; 70], 0), Ok(()));
         assert_eq!(shared.set("a", b"l", b"", 0), Err(Status::InternalFailure));
         assert_eq!(shared.set("a", b"k", &[0; 2], 0), Ok(()));
         assert_eq!(shared.set("a", b"l", &[0; 6], 0), Ok(()));
-        let queue = shared.register_queue(1, "a", b"q").unwrap();
+        assert_eq!(shared.set("a", b"m", b"", 0), Err(Status::InternalFailure));
+        let vm = shared.enrol();
+        let queue = shared.register_queue(&vm, "a", b"q").unwrap();
         assert_eq!(shared.enqueue(queue, &[1; 10]), Ok(()));
-        assert_eq!(shared.enqueue(queue, b"x"), Err(Status::InternalFailure));
+        assert_eq!(shared.enqueue(queue, b""), Ok(()));
+        assert_eq!(shared.enqueue(queue, b""), Err(Status::InternalFailure), "empty items count too");
         assert_eq!(shared.dequeue(queue), Ok(vec![1; 10]));
+        assert_eq!(shared.dequeue(queue), Ok(Vec::new()));
         assert_eq!(shared.dequeue(queue), Err(Status::Empty));
         assert_eq!(shared.enqueue(queue, b"x"), Ok(()));
     }
 
     #[test]
-    fn the_last_registrant_is_told() {
+    fn the_last_registrant_is_told_of_each_item_and_woken() {
         let shared = SharedState::new();
-        let (one, two) = (shared.next_vm(), shared.next_vm());
-        let queue = shared.register_queue(one, "a", b"q").unwrap();
-        assert_eq!(shared.register_queue(two, "a", b"q"), Ok(queue));
+        let (one, two) = (shared.enrol(), shared.enrol());
+        let queue = shared.register_queue(&one, "a", b"q").unwrap();
+        assert_eq!(shared.register_queue(&two, "a", b"q"), Ok(queue));
         assert_eq!(shared.resolve_queue(b"a", b"q"), Ok(queue));
         assert_eq!(shared.resolve_queue(b"b", b"q"), Err(Status::NotFound));
-        shared.enqueue(queue, b"x").unwrap();
-        assert!(shared.take_ready(one).is_empty());
-        assert_eq!(shared.take_ready(two).into_iter().collect::<Vec<_>>(), [queue]);
-        assert!(shared.take_ready(two).is_empty());
+        let woken = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let count = Arc::clone(&woken);
+        two.wake_with(Arc::new(move || {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }));
+        for _ in 0..3 {
+            shared.enqueue(queue, b"x").unwrap();
+        }
+        assert_eq!(woken.load(std::sync::atomic::Ordering::Relaxed), 3);
+        assert!(one.take_ready(9).is_empty());
+        assert_eq!(two.take_ready(2), [queue, queue]);
+        assert_eq!(two.take_ready(2), [queue]);
+        assert!(two.take_ready(2).is_empty());
         assert_eq!(shared.enqueue(0, b"x"), Err(Status::NotFound));
+        // Items for a VM that is gone wait for the next one that registers.
+        drop(two);
+        assert_eq!(shared.enqueue(queue, b"x"), Ok(()));
+        assert_eq!(shared.queues().vms.len(), 1);
     }
 }

@@ -17,18 +17,45 @@ pub enum Status {
     SerializationFailure = 3,
     /// Bytes from the guest do not parse.
     ParseFailure = 4,
+    /// An expression does not parse.
+    BadExpression = 5,
     /// A pointer or length lies outside the guest's memory.
     InvalidMemoryAccess = 6,
     /// The queue holds nothing.
     Empty = 7,
     /// Someone else wrote the key since it was read.
     CasMismatch = 8,
+    /// A result is not what was expected.
+    ResultMismatch = 9,
     /// The host cannot do it now.
     InternalFailure = 10,
     /// The peer went away (also the code of a failed http call).
     BrokenConnection = 11,
     /// This host does not do it at all.
     Unimplemented = 12,
+}
+
+impl Status {
+    /// The status of this number.
+    #[must_use]
+    pub fn from_abi(value: u32) -> Option<Self> {
+        Some(match value {
+            0 => Self::Ok,
+            1 => Self::NotFound,
+            2 => Self::BadArgument,
+            3 => Self::SerializationFailure,
+            4 => Self::ParseFailure,
+            5 => Self::BadExpression,
+            6 => Self::InvalidMemoryAccess,
+            7 => Self::Empty,
+            8 => Self::CasMismatch,
+            9 => Self::ResultMismatch,
+            10 => Self::InternalFailure,
+            11 => Self::BrokenConnection,
+            12 => Self::Unimplemented,
+            _ => return None,
+        })
+    }
 }
 
 /// A header map that the guest can name.
@@ -42,9 +69,9 @@ pub enum MapType {
     ResponseHeaders,
     /// Response trailers.
     ResponseTrailers,
-    /// gRPC initial metadata (never present: gRPC is not offered).
+    /// Initial metadata of the gRPC stream that is being reported on.
     GrpcInitialMetadata,
-    /// gRPC trailing metadata (never present).
+    /// Its trailing metadata.
     GrpcTrailingMetadata,
     /// Headers of the http call response being delivered.
     HttpCallHeaders,
@@ -53,7 +80,11 @@ pub enum MapType {
 }
 
 impl MapType {
-    pub(super) fn from_abi(value: u32) -> Result<Self, Status> {
+    /// The map of this number.
+    ///
+    /// # Errors
+    /// [`Status::BadArgument`] when there is none.
+    pub fn from_abi(value: u32) -> Result<Self, Status> {
         Ok(match value {
             0 => Self::RequestHeaders,
             1 => Self::RequestTrailers,
@@ -73,13 +104,14 @@ impl MapType {
 pub(super) enum BufferType {
     RequestBody,
     ResponseBody,
+    DownstreamData,
+    UpstreamData,
     HttpCallBody,
+    GrpcMessage,
     VmConfiguration,
     PluginConfiguration,
-    /// Arguments of a foreign function; always empty here.
+    /// What `proxy_on_foreign_function` was called with.
     CallData,
-    /// Network and gRPC buffers: valid numbers that never hold anything in an HTTP host.
-    Absent,
 }
 
 impl BufferType {
@@ -87,8 +119,10 @@ impl BufferType {
         Ok(match value {
             0 => Self::RequestBody,
             1 => Self::ResponseBody,
-            2 | 3 | 5 => Self::Absent,
+            2 => Self::DownstreamData,
+            3 => Self::UpstreamData,
             4 => Self::HttpCallBody,
+            5 => Self::GrpcMessage,
             6 => Self::VmConfiguration,
             7 => Self::PluginConfiguration,
             8 => Self::CallData,

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 
 use super::error::AbiError;
 use super::headers::HeaderMap;
+use super::network::Connection;
 use super::status::{Direction, MapType, Status};
 
 /// What the guest's Pause on headers does, as Envoy's `allow_on_headers_stop_iteration`.
@@ -412,8 +413,7 @@ impl Side {
         if self.buffering { Some(&self.held) } else { self.chunk_open.then_some(self.chunk.as_slice()) }
     }
 
-    /// `proxy_set_buffer_bytes` on the visible body: at start 0, `length` bytes go and `data` comes
-    /// first; from the end on, `data` is appended; in between is `BadArgument`, as in Envoy.
+    /// `proxy_set_buffer_bytes` on the visible body.
     pub(super) fn replace_body(
         &mut self,
         start: usize,
@@ -428,19 +428,7 @@ impl Side {
         } else {
             return Err(Status::BadArgument);
         };
-        if body.len().saturating_add(data.len()) > max_bytes {
-            return Err(Status::InternalFailure);
-        }
-        if start == 0 {
-            let drained = length.min(body.len());
-            body.splice(..drained, data.iter().copied());
-            Ok(())
-        } else if start >= body.len() {
-            body.extend_from_slice(data);
-            Ok(())
-        } else {
-            Err(Status::BadArgument)
-        }
+        replace(body, (start, length), data, max_bytes)
     }
 
     /// The trailers, created when the guest first writes to them in the last body callback.
@@ -450,6 +438,29 @@ impl Side {
             self.trailers_open = true;
         }
         self.trailers.as_mut().filter(|_| self.trailers_open)
+    }
+}
+
+/// `proxy_set_buffer_bytes`, as Envoy does it: at start 0, `length` bytes go and `data` comes first; from
+/// the end on, `data` is appended; in between is `BadArgument`.
+pub(super) fn replace(
+    bytes: &mut Vec<u8>,
+    (start, length): (usize, usize),
+    data: &[u8],
+    max_bytes: usize,
+) -> Result<(), Status> {
+    if bytes.len().saturating_add(data.len()) > max_bytes {
+        return Err(Status::InternalFailure);
+    }
+    if start == 0 {
+        let drained = length.min(bytes.len());
+        bytes.splice(..drained, data.iter().copied());
+        Ok(())
+    } else if start >= bytes.len() {
+        bytes.extend_from_slice(data);
+        Ok(())
+    } else {
+        Err(Status::BadArgument)
     }
 }
 
@@ -472,6 +483,8 @@ pub(super) enum Resume {
 pub(super) struct Stream {
     pub(super) request: Side,
     pub(super) response: Side,
+    /// Set when this is a TCP connection, which has no HTTP sides.
+    pub(super) connection: Option<Connection>,
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) filter_state: BTreeMap<String, Vec<u8>>,
     pub(super) filter_state_bytes: usize,
@@ -486,6 +499,7 @@ impl Stream {
         Self {
             request: Side::new(request_limit_bytes, true),
             response: Side::new(response_limit_bytes, false),
+            connection: None,
             properties: BTreeMap::new(),
             filter_state: BTreeMap::new(),
             filter_state_bytes: 0,

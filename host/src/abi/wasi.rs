@@ -1,8 +1,10 @@
 //! The part of WASI preview 1 that proxy-wasm guests are built against.
 //!
-//! Eight functions do something; a few more only link, as in the C++ host, since TinyGo and C++
-//! runtimes import them without need. There are no files, no arguments, no sockets. Standard output
-//! and error become log lines (info and error). Both module names that toolchains use are offered.
+//! The functions that can do something without files, arguments and sockets do it; the rest of preview
+//! 1 links and fails, since runtimes import much that filters never call. Standard output and error
+//! become log lines (info and error). The clocks and the random bytes are the caller's choice
+//! ([`Clock`](super::Clock)), so that a run can be repeated. Both module names that toolchains use are
+//! offered. More than Envoy has: the monotonic clock, `clock_res_get`, and `poll_oneoff` on clocks.
 
 use wasmtime::{Caller, Linker};
 
@@ -62,13 +64,71 @@ pub(super) fn register(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
         linker.func_wrap(module, "fd_fdstat_get", |mut c: Ctx<'_>, fd: u32, out: u32| {
             errno(fd_fdstat_get(&mut c, fd, out))
         })?;
-        linker.func_wrap(module, "fd_read", |_: Ctx<'_>, _: u32, _: u32, _: u32, _: u32| ENOSYS)?;
-        linker.func_wrap(module, "fd_seek", |_: Ctx<'_>, _: u32, _: i64, _: u32, _: u32| SUCCESS)?;
-        linker.func_wrap(module, "fd_close", |_: Ctx<'_>, _: u32| SUCCESS)?;
-        linker.func_wrap(module, "fd_prestat_get", |_: Ctx<'_>, _: u32, _: u32| EBADF)?;
-        linker.func_wrap(module, "fd_prestat_dir_name", |_: Ctx<'_>, _: u32, _: u32, _: u32| EBADF)?;
-        linker.func_wrap(module, "sched_yield", |_: Ctx<'_>| SUCCESS)?;
-        linker.func_wrap(module, "poll_oneoff", |_: Ctx<'_>, _: u32, _: u32, _: u32, _: u32| ENOSYS)?;
+        linker.func_wrap(module, "clock_res_get", |mut c: Ctx<'_>, id: u32, out: u32| {
+            errno(clock_res_get(&mut c, id, out))
+        })?;
+        linker.func_wrap(
+            module,
+            "poll_oneoff",
+            |mut c: Ctx<'_>, subs: u32, out: u32, n: u32, done: u32| {
+                errno(poll_oneoff(&mut c, subs, out, n, done))
+            },
+        )?;
+        stubs(linker, module)?;
+    }
+    Ok(())
+}
+
+/// The rest of preview 1, so that every runtime links: what Envoy answers where it has the function, and
+/// otherwise that there is no such file.
+fn stubs(linker: &mut Linker<Host>, module: &str) -> wasmtime::Result<()> {
+    /// `name (parameters) => errno`.
+    macro_rules! stubs {
+        ($($name:ident ($($ty:ty),*) => $errno:expr;)*) => {$(
+            linker.func_wrap(module, stringify!($name), stub!($errno, $($ty),*))?;
+        )*};
+    }
+    macro_rules! stub {
+        ($errno:expr, $($ty:ty),*) => {
+            |_: Ctx<'_>, $(_: $ty),*| -> u32 { $errno }
+        };
+    }
+    stubs! {
+        fd_read(u32, u32, u32, u32) => ENOSYS;
+        fd_seek(u32, i64, u32, u32) => SUCCESS;
+        fd_close(u32) => SUCCESS;
+        fd_prestat_get(u32, u32) => EBADF;
+        fd_prestat_dir_name(u32, u32, u32) => EBADF;
+        fd_fdstat_set_flags(u32, u32) => SUCCESS;
+        fd_fdstat_set_rights(u32, u64, u64) => EBADF;
+        fd_advise(u32, u64, u64, u32) => EBADF;
+        fd_allocate(u32, u64, u64) => EBADF;
+        fd_datasync(u32) => EBADF;
+        fd_sync(u32) => EBADF;
+        fd_tell(u32, u32) => EBADF;
+        fd_renumber(u32, u32) => EBADF;
+        fd_filestat_get(u32, u32) => EBADF;
+        fd_filestat_set_size(u32, u64) => EBADF;
+        fd_filestat_set_times(u32, u64, u64, u32) => EBADF;
+        fd_pread(u32, u32, u32, u64, u32) => EBADF;
+        fd_pwrite(u32, u32, u32, u64, u32) => EBADF;
+        fd_readdir(u32, u32, u32, u64, u32) => EBADF;
+        path_create_directory(u32, u32, u32) => EBADF;
+        path_filestat_get(u32, u32, u32, u32, u32) => EBADF;
+        path_filestat_set_times(u32, u32, u32, u32, u64, u64, u32) => EBADF;
+        path_link(u32, u32, u32, u32, u32, u32, u32) => EBADF;
+        path_open(u32, u32, u32, u32, u32, u64, u64, u32, u32) => EBADF;
+        path_readlink(u32, u32, u32, u32, u32, u32) => EBADF;
+        path_remove_directory(u32, u32, u32) => EBADF;
+        path_rename(u32, u32, u32, u32, u32, u32) => EBADF;
+        path_symlink(u32, u32, u32, u32, u32) => EBADF;
+        path_unlink_file(u32, u32, u32) => EBADF;
+        proc_raise(u32) => ENOSYS;
+        sched_yield() => SUCCESS;
+        sock_accept(u32, u32, u32) => EBADF;
+        sock_recv(u32, u32, u32, u32, u32, u32) => EBADF;
+        sock_send(u32, u32, u32, u32, u32) => EBADF;
+        sock_shutdown(u32, u32) => EBADF;
     }
     Ok(())
 }
@@ -88,6 +148,10 @@ fn fd_write(c: &mut Ctx<'_>, fd: u32, iovs: u32, count: u32, written: u32) -> Re
         2 => LogLevel::Error,
         _ => return Err(EBADF),
     };
+    // What POSIX allows at least; more would keep the host busy without the guest's deadline.
+    if count > 1024 {
+        return Err(EINVAL);
+    }
     let (memory, host) = view(c).map_err(fault)?;
     let mut text = Vec::new();
     for index in 0..count {
@@ -118,6 +182,42 @@ fn clock_time_get(c: &mut Ctx<'_>, id: u32, out: u32) -> Result<(), u32> {
         _ => return Err(ENOTSUP),
     };
     write_u64(memory, out, now_ns).map_err(fault)
+}
+
+/// Nanoseconds: both clocks count them.
+fn clock_res_get(c: &mut Ctx<'_>, id: u32, out: u32) -> Result<(), u32> {
+    if id > 1 {
+        return Err(ENOTSUP);
+    }
+    let (memory, _) = view(c).map_err(fault)?;
+    write_u64(memory, out, 1).map_err(fault)
+}
+
+/// Most subscriptions of one `poll_oneoff`.
+const SUBSCRIPTIONS_MAX_COUNT: u32 = 64;
+
+/// Nothing ever waits here: a clock is over at once (Go's scheduler polls one), and descriptors are bad.
+fn poll_oneoff(c: &mut Ctx<'_>, subscriptions: u32, events: u32, count: u32, done: u32) -> Result<(), u32> {
+    const SUBSCRIPTION_BYTES: u32 = 48;
+    const EVENT_BYTES: u32 = 32;
+    if count == 0 || count > SUBSCRIPTIONS_MAX_COUNT {
+        return Err(EINVAL);
+    }
+    let (memory, _) = view(c).map_err(fault)?;
+    for index in 0..count {
+        let from = subscriptions.checked_add(index * SUBSCRIPTION_BYTES).ok_or(EFAULT)?;
+        let subscription = bytes(memory, from, SUBSCRIPTION_BYTES).map_err(fault)?;
+        let (userdata, kind) = subscription.split_at_checked(8).ok_or(EFAULT)?;
+        let kind = kind.first().copied().ok_or(EFAULT)?;
+        let mut event = [0; EVENT_BYTES as usize];
+        event[..8].copy_from_slice(userdata);
+        let errno = if kind == 0 { SUCCESS } else { EBADF };
+        event[8..10].copy_from_slice(&u16::try_from(errno).map_err(|_| EINVAL)?.to_le_bytes());
+        event[10] = kind;
+        let to = events.checked_add(index * EVENT_BYTES).ok_or(EFAULT)?;
+        bytes_mut(memory, to, EVENT_BYTES).map_err(fault)?.copy_from_slice(&event);
+    }
+    write_u32(memory, done, count).map_err(fault)
 }
 
 fn random_get(c: &mut Ctx<'_>, ptr: u32, len: u32) -> Result<(), u32> {

@@ -141,7 +141,7 @@ fn plugin_options(options: &GatewayOptions, shared: SharedState) -> PluginOption
         },
         shared,
         log: LogSink::new(guest_log_level(), write_guest_log),
-        http_call_upstreams: Some(std::collections::BTreeSet::new()),
+        callout_upstreams: Some(std::collections::BTreeSet::new()),
         ..PluginOptions::default()
     }
 }

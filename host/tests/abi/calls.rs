@@ -1,11 +1,10 @@
 //! Shared data, queues, metrics, ticks, foreign functions, the end of a plugin.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use driftlock_host::abi::{Limits, MetricValue, PluginOptions, SharedState, Status};
 
-use crate::guest::{Run, get, module};
+use crate::guest::{Run, Sent, get, module};
 
 /// A tick reads key "k", says its value, then writes "v2" under the cas it read.
 const SHARED: &str = r#"
@@ -46,6 +45,7 @@ fn shared_data_is_compared_and_swapped_between_vms_of_one_id() {
     assert_eq!(shared.value("a", b"k").map(|(value, _)| value), Some(b"v2".to_vec()));
 }
 
+/// Dequeues one item a notification.
 const QUEUE: &str = r#"
   (data (i32.const 100) "qitem")
   (func (export "proxy_on_configure") (param i32 i32) (result i32)
@@ -76,6 +76,75 @@ fn the_vm_that_registered_a_queue_last_is_told_of_its_items() {
     assert_eq!(first.plugin.deliver_queues(), Ok(0));
     assert_eq!(last.plugin.deliver_queues(), Ok(1));
     assert_eq!(last.said(), ["1", "item", "7"]);
+}
+
+#[test]
+fn every_item_of_a_queue_is_told_of_and_its_vm_woken() {
+    let queue = r#"
+      (data (i32.const 100) "q12")
+      (func (export "proxy_on_configure") (param i32 i32) (result i32)
+        (drop (call $register_shared_queue (i32.const 100) (i32.const 1) (i32.const 0))) (i32.const 1))
+      (func (export "proxy_on_queue_ready") (param i32 i32)
+        (call $say (call $dequeue_shared_queue (local.get 1) (i32.const 0) (i32.const 4)))
+        (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4))))"#;
+    let sender = r#"
+      (data (i32.const 100) "receiverq12")
+      (func (export "proxy_on_tick") (param i32)
+        (drop (call $resolve_shared_queue (i32.const 100) (i32.const 8) (i32.const 108) (i32.const 1) (i32.const 0)))
+        (drop (call $enqueue_shared_queue (i32.load (i32.const 0)) (i32.const 109) (i32.const 1)))
+        (drop (call $enqueue_shared_queue (i32.load (i32.const 0)) (i32.const 110) (i32.const 1))))"#;
+    let shared = SharedState::new();
+    let options = |vm_id: &str| PluginOptions {
+        vm_id: vm_id.to_owned(),
+        shared: shared.clone(),
+        ..PluginOptions::default()
+    };
+    let mut receiver = Run::with(queue, options("receiver"));
+    let mut sender = Run::with(sender, options("sender"));
+    let (woken, wakes) = std::sync::mpsc::channel();
+    receiver.plugin.on_queue_items(move || woken.send(()).unwrap());
+    // From another thread, as another worker's VM.
+    std::thread::spawn(move || sender.plugin.tick().unwrap()).join().unwrap();
+    assert_eq!(wakes.try_iter().count(), 2);
+    assert_eq!(receiver.plugin.deliver_queues(), Ok(2));
+    assert_eq!(receiver.said(), ["0", "1", "0", "2"]);
+    assert_eq!(receiver.plugin.deliver_queues(), Ok(0));
+}
+
+#[test]
+fn built_in_foreign_functions_are_there_and_the_callback_too() {
+    let guest = r#"
+      (data (i32.const 100) "compressuncompressclear_route_cachedeclare_property")
+      (data (i32.const 200) "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")
+      (data (i32.const 300) "\0a\01k")
+      (func (export "proxy_on_tick") (param i32)
+        (call $say (call $call_foreign_function (i32.const 100) (i32.const 8) (i32.const 200)
+          (i32.const 40) (i32.const 8) (i32.const 4)))
+        (call $say (i32.lt_u (i32.load (i32.const 4)) (i32.const 40)))
+        (call $say (call $call_foreign_function (i32.const 108) (i32.const 10) (i32.load (i32.const 8))
+          (i32.load (i32.const 4)) (i32.const 8) (i32.const 4)))
+        (call $tell (i32.load (i32.const 8)) (i32.load (i32.const 4)))
+        (call $say (call $call_foreign_function (i32.const 108) (i32.const 10) (i32.const 200)
+          (i32.const 40) (i32.const 8) (i32.const 4)))
+        (call $say (i32.load (i32.const 4)))
+        (call $say (call $call_foreign_function (i32.const 118) (i32.const 17) (i32.const 0)
+          (i32.const 0) (i32.const 0) (i32.const 0)))
+        (call $say (call $call_foreign_function (i32.const 135) (i32.const 16) (i32.const 300)
+          (i32.const 3) (i32.const 0) (i32.const 0)))
+        (call $say (call $call_foreign_function (i32.const 135) (i32.const 16) (i32.const 300)
+          (i32.const 3) (i32.const 0) (i32.const 0))))
+      (func (export "proxy_on_foreign_function") (param i32 i32 i32)
+        (call $say (local.get 0)) (call $say (local.get 1)) (call $say (local.get 2))
+        (drop (call $get_buffer_bytes (i32.const 8) (i32.const 0) (i32.const 99) (i32.const 0) (i32.const 4)))
+        (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4))))"#;
+    let mut run = Run::new(guest);
+    run.plugin.tick().unwrap();
+    assert_eq!(run.said(), ["0", "1", "0", &"a".repeat(40), "3", "0", "0", "0", "2"]);
+    run.plugin.foreign_function(None, 7, b"data").unwrap();
+    assert_eq!(run.said(), ["1", "7", "4", "data"]);
+    let id = run.plugin.stream().unwrap();
+    run.plugin.foreign_function(Some(id), 8, b"").unwrap();
+    assert_eq!(run.said(), ["2", "8", "0", ""]);
 }
 
 #[test]
@@ -132,35 +201,13 @@ fn foreign_functions_are_found_by_name() {
           (i32.const 3) (i32.const 8) (i32.const 4)))
         (call $tell (i32.load (i32.const 8)) (i32.load (i32.const 4))))"#;
     let mut options = PluginOptions::default();
-    options.foreign_functions.insert(
-        "shout".to_owned(),
-        Arc::new(|text| match text {
-            [] => Err(Status::BadArgument),
-            text => Ok(text.to_ascii_uppercase()),
-        }),
-    );
+    options.foreign_functions.insert("shout", |text| match text {
+        [] => Err(Status::BadArgument),
+        text => Ok(text.to_ascii_uppercase()),
+    });
     let mut run = Run::with(guest, options);
     run.plugin.tick().unwrap();
     assert_eq!(run.said(), ["1", "2", "0", "ABC"]);
-}
-
-#[test]
-fn grpc_fails_the_way_an_unreachable_service_does() {
-    let z = "(i32.const 0)";
-    let guest = format!(
-        r#"(func (export "proxy_on_tick") (param i32)
-        (call $say (call $grpc_call {z}{z}{z}{z}{z}{z}{z}{z}{z}{z}{z}{z}))
-        (call $say (call $grpc_stream {z}{z}{z}{z}{z}{z}{z}{z}{z}))
-        (call $say (call $grpc_send {z}{z}{z}{z}))
-        (call $say (call $grpc_cancel {z}))
-        (call $say (call $grpc_close {z})))"#
-    );
-    let mut run = Run::new(&guest);
-    run.plugin.tick().unwrap();
-    let said = run.said();
-    let statuses: Vec<_> = said.iter().filter(|line| line.len() < 3).collect();
-    assert_eq!(statuses, ["10", "10", "1", "1", "1"]);
-    assert!(said[0].contains("no gRPC"), "{said:?}");
 }
 
 #[test]
@@ -181,15 +228,15 @@ fn http_calls_are_checked_and_bounded() {
         (call $say (i32.load (i32.const 0)))
         (call $call (i32.const 4) (i32.const 62) (i32.const 0)))"#;
     let options = PluginOptions {
-        http_call_upstreams: Some(["auth".to_owned()].into()),
-        limits: Limits { outstanding_http_calls: 1, ..Limits::default() },
+        callout_upstreams: Some(["auth".to_owned()].into()),
+        limits: Limits { outstanding_callouts: 1, ..Limits::default() },
         ..PluginOptions::default()
     };
     let mut run = Run::with(guest, options);
     run.plugin.tick().unwrap();
-    assert_eq!(run.said(), ["2", "2", "2", "2", "0", "1", "10"]);
-    assert_eq!(run.plugin.take_http_calls().len(), 1);
-    assert_eq!(run.plugin.take_http_calls().len(), 0);
+    assert_eq!(run.said(), ["2", "2", "2", "2", "0", "4", "10"]);
+    assert_eq!(Sent::by(&mut run.plugin).http.len(), 1);
+    assert_eq!(Sent::by(&mut run.plugin).http.len(), 0);
 }
 
 #[test]

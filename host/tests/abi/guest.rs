@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use driftlock_host::abi::{
-    HeaderMap, LogLevel, LogLine, LogSink, Module, Plugin, PluginOptions, Release, Step,
+    GrpcCall, GrpcStream, HeaderMap, HttpCall, LogLevel, LogLine, LogSink, Module, Plugin, PluginOptions,
+    Release, Step, Transport,
 };
 
 /// Name, parameters (i: i32, l: i64) of every `env` import of ABI 0.2.1; each returns an i32 status.
@@ -145,6 +146,51 @@ impl Run {
     pub(crate) fn said(&self) -> Vec<String> {
         let lines = std::mem::take(&mut *self.lines.lock().unwrap());
         lines.into_iter().map(|line| line.message).collect()
+    }
+}
+
+/// What a plugin sent out.
+#[derive(Debug, Default)]
+pub(crate) struct Sent {
+    pub(crate) http: Vec<HttpCall>,
+    pub(crate) calls: Vec<GrpcCall>,
+    pub(crate) streams: Vec<GrpcStream>,
+    /// What happened on streams, in words.
+    pub(crate) on_streams: Vec<String>,
+}
+
+impl Sent {
+    pub(crate) fn by(plugin: &mut Plugin) -> Self {
+        let mut sent = Self::default();
+        plugin.send_callouts(&mut sent);
+        sent
+    }
+}
+
+impl Transport for Sent {
+    fn http_call(&mut self, call: HttpCall) {
+        self.http.push(call);
+    }
+
+    fn grpc_call(&mut self, call: GrpcCall) {
+        self.calls.push(call);
+    }
+
+    fn grpc_stream(&mut self, stream: GrpcStream) {
+        self.streams.push(stream);
+    }
+
+    fn grpc_send(&mut self, id: u32, message: Vec<u8>, end_of_stream: bool) {
+        let message = String::from_utf8_lossy(&message);
+        self.on_streams.push(format!("send {id} {message} {end_of_stream}"));
+    }
+
+    fn grpc_close(&mut self, id: u32) {
+        self.on_streams.push(format!("close {id}"));
+    }
+
+    fn grpc_cancel(&mut self, id: u32) {
+        self.on_streams.push(format!("cancel {id}"));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use driftlock_host::abi::{Limits, PluginOptions, Step};
 
-use crate::guest::{IMPORTS, Run, WASI, get, headers, ok};
+use crate::guest::{IMPORTS, Run, Sent, WASI, get, headers, ok};
 
 /// Every call that takes a pointer, with one that lies outside; each must say InvalidMemoryAccess.
 #[test]
@@ -170,7 +170,7 @@ fn no_argument_breaks_the_host() {
             }] += 1;
         }
         plugin.take_events();
-        for call in plugin.take_http_calls() {
+        for call in Sent::by(plugin).http {
             plugin.http_call_response(call.id, None).unwrap();
         }
         plugin.deliver_queues().unwrap();

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use driftlock_host::abi::{AbiError, Direction, Limits, Plugin, PluginOptions, Release, Step};
+use driftlock_host::abi::{
+    AbiError, CompileOptions, Direction, Limits, LogLevel, LogSink, Module, Plugin, PluginOptions, Pool,
+    Release, SharedState, Step,
+};
 
 use crate::guest::{Run, forwarded, get, module, ok};
 
@@ -100,6 +103,72 @@ fn a_guest_that_never_returns_is_stopped() {
     let endless = module(r#"(func (export "_initialize") (loop $l (br $l)))"#);
     let error = Plugin::start(&endless, options(limits)).unwrap_err();
     assert!(matches!(error, AbiError::Deadline { callback: "_initialize", limit_ms: 80, .. }));
+}
+
+#[test]
+fn fuel_stops_a_guest_at_the_same_place_every_time() {
+    let guest = wat::parse_str(crate::guest::wat(
+        r#"(global $n (mut i32) (i32.const 0))
+        (func (export "proxy_on_queue_ready") (param i32 i32) (call $say (global.get $n)))
+        (func (export "proxy_on_tick") (param i32)
+          (loop $l (global.set $n (i32.add (global.get $n) (i32.const 1)))
+            (if (i32.eqz (i32.and (global.get $n) (i32.const 1023))) (then (call $say (global.get $n))))
+            (br $l)))"#,
+    ))
+    .unwrap();
+    let metered = CompileOptions { fuel: true, ..CompileOptions::default() };
+    let metered = Module::compile_with(&guest, &metered).unwrap();
+    let limits = Limits { callback_fuel: Some(1_000_000), ..Limits::default() };
+    let mut said = Vec::new();
+    for _ in 0..2 {
+        let mut run = Run::of(&metered, options(limits.clone()));
+        let error = run.plugin.tick().unwrap_err();
+        let AbiError::OutOfFuel { callback: "proxy_on_tick", fuel: 1_000_000, .. } = error else {
+            panic!("{error}");
+        };
+        said.push(run.said());
+    }
+    assert!(said[0].len() > 10);
+    assert_eq!(said[0], said[1]);
+    // No limit set, none enforced; a limit on code that does not count is refused.
+    Run::of(&metered, PluginOptions::default()).plugin.stream().unwrap();
+    let plain = Module::compile(&guest).unwrap();
+    assert!(matches!(Plugin::start(&plain, options(limits)), Err(AbiError::Start { .. })));
+}
+
+#[test]
+fn tables_are_bounded() {
+    let guest = r#"(table $t 10 funcref)
+      (func (export "proxy_on_tick") (param i32)
+        (call $say (table.grow $t (ref.null func) (i32.const 5)))
+        (call $say (i32.add (table.grow $t (ref.null func) (i32.const 50)) (i32.const 1))))"#;
+    let limits = Limits { table_elements: 20, ..Limits::default() };
+    let mut run = Run::with(guest, options(limits));
+    run.plugin.tick().unwrap();
+    assert_eq!(run.said(), ["10", "0"]);
+}
+
+#[test]
+fn a_warm_vm_starts_without_having_touched_what_is_shared() {
+    let guest = module(
+        r#"(data (i32.const 100) "q")
+        (func (export "_initialize") (drop (call $log (i32.const 2) (i32.const 100) (i32.const 1))))
+        (func (export "proxy_on_configure") (param i32 i32) (result i32)
+          (drop (call $define_metric (i32.const 0) (i32.const 100) (i32.const 1) (i32.const 0)))
+          (i32.const 1))"#,
+    );
+    let (log, lines) = LogSink::capture(LogLevel::Trace);
+    let shared = SharedState::new();
+    let options = PluginOptions { log, shared: shared.clone(), ..PluginOptions::default() };
+    let pool = Pool::new(guest, options, 2);
+    pool.fill().unwrap();
+    assert_eq!((pool.warm_count(), lines.lock().unwrap().len()), (2, 2));
+    assert_eq!(shared.metrics().snapshot().len(), 0, "no root context yet");
+    for left in [1, 0, 0] {
+        pool.start().unwrap().stream().unwrap();
+        assert_eq!(pool.warm_count(), left);
+    }
+    assert_eq!(shared.metrics().snapshot().len(), 1);
 }
 
 #[test]

@@ -6,7 +6,9 @@ mod guest;
 
 mod bodies;
 mod calls;
+mod connections;
 mod envoy;
+mod grpc;
 mod hostile;
 mod limits;
 mod replies;

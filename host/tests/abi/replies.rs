@@ -2,7 +2,7 @@
 
 use driftlock_host::abi::{Direction, HttpCallResponse, LocalReply, Release, Step};
 
-use crate::guest::{Run, forwarded, get, headers, ok};
+use crate::guest::{Run, Sent, forwarded, get, headers, ok};
 
 /// Answers from the callback named by the request's path: "q" request headers, "b" request body,
 /// "r" response headers, "s" response body. Every answer is 403 "no!" with header a: b.
@@ -157,7 +157,7 @@ fn an_http_calls_answer_continues_the_stream() {
     let mut run = Run::new(AUTHORISE);
     let id = run.plugin.stream().unwrap();
     assert_eq!(run.plugin.request_headers(id, get("/"), true), Ok(Step::Hold));
-    let calls = run.plugin.take_http_calls();
+    let calls = Sent::by(&mut run.plugin).http;
     assert_eq!(calls.len(), 1);
     assert_eq!((calls[0].upstream.as_str(), calls[0].timeout_ms), ("auth", 500));
     assert_eq!(calls[0].body, b"auth");
@@ -170,7 +170,7 @@ fn an_http_calls_answer_continues_the_stream() {
     let answer = HttpCallResponse { headers: ok(), body: b"yes".to_vec(), ..HttpCallResponse::default() };
     let call = calls[0].id;
     run.plugin.http_call_response(call, Some(answer.clone())).unwrap();
-    assert_eq!(run.said(), ["1", "1", "1", "3", "0", "0", "", "0", "yes"]);
+    assert_eq!(run.said(), ["1", "4", "1", "3", "0", "0", "", "0", "yes"]);
     let events = run.plugin.take_events();
     let release = Release { headers: true, end_of_stream: true, ..Release::default() };
     assert_eq!(events.len(), 1);
@@ -185,10 +185,10 @@ fn a_failed_http_call_has_no_headers() {
     let mut run = Run::new(AUTHORISE);
     let id = run.plugin.stream().unwrap();
     run.plugin.request_headers(id, get("/"), true).unwrap();
-    let call = run.plugin.take_http_calls().remove(0);
+    let call = Sent::by(&mut run.plugin).http.remove(0);
     run.said();
     run.plugin.http_call_response(call.id, None).unwrap();
-    assert_eq!(run.said(), ["1", "1", "0", "0", "0", "11", "reset", "2"]);
+    assert_eq!(run.said(), ["1", "4", "0", "0", "0", "11", "reset", "2"]);
     let events = run.plugin.take_events();
     assert_eq!((events[0].stream, events[0].direction), (id, Direction::Request));
     let Step::Reply(reply) = &events[0].step else {

@@ -1,7 +1,7 @@
 //! From bytes to a configured plugin, and why it may not get there.
 
 use driftlock_host::abi::{
-    AbiError, AbiVersion, Clock, CompileOptions, LogLevel, LogSink, Module, Plugin, PluginOptions,
+    AbiError, AbiVersion, CacheUse, Clock, CompileOptions, LogLevel, LogSink, Module, Plugin, PluginOptions,
     Randomness, VirtualClock,
 };
 
@@ -35,13 +35,13 @@ fn every_unknown_import_is_named() {
     let text = r#"(module
         (import "env" "proxy_log" (func (param i32 i32 i32) (result i32)))
         (import "env" "proxy_teleport" (func (param i32)))
-        (import "wasi_snapshot_preview1" "sock_accept" (func (result i32)))
+        (import "wasi_snapshot_preview1" "sock_teleport" (func (result i32)))
         (func (export "proxy_abi_version_0_2_1")))"#;
     let error = compile(text).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the module imports what this host does not offer: env.proxy_teleport, \
-         wasi_snapshot_preview1.sock_accept"
+         wasi_snapshot_preview1.sock_teleport"
     );
     let global = r#"(module (import "env" "g" (global i32))
         (func (export "proxy_abi_version_0_2_1")))"#;
@@ -206,14 +206,41 @@ fn standard_output_becomes_log_lines() {
 }
 
 #[test]
-fn compiled_code_is_kept_on_disk_when_asked() {
-    let directory = tempfile::tempdir().unwrap();
-    let options = CompileOptions { cache_directory: Some(directory.path().to_owned()) };
+fn compiled_code_is_kept_on_disk_and_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("cache");
+    let options = CompileOptions { cache_directory: Some(directory.clone()), ..CompileOptions::default() };
     let bytes = wat::parse_str(wat("")).unwrap();
-    Module::compile_with(&bytes, &options).unwrap();
-    let files = std::fs::read_dir(directory.path()).unwrap().count();
-    assert!(files > 0, "nothing was kept");
-    Module::compile_with(&bytes, &options).unwrap();
+    let used = || Module::compile_with(&bytes, &options).unwrap().cache_use().clone();
+    assert_eq!(used(), CacheUse::Miss);
+    assert_eq!(used(), CacheUse::Hit);
+
+    let entries: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(entries.len(), 1);
+    let whole = std::fs::read(&entries[0]).unwrap();
+    // One bit anywhere, or a lost end: compiled again, never run.
+    for at in [0, 9, 41, whole.len() / 2, whole.len() - 1] {
+        let mut rotten = whole.clone();
+        rotten[at] ^= 1;
+        std::fs::write(&entries[0], rotten).unwrap();
+        assert!(matches!(used(), CacheUse::Replaced { .. }), "bit at {at}");
+        assert_eq!(used(), CacheUse::Hit);
+    }
+    for length in [0, 5, 30, whole.len() - 1] {
+        std::fs::write(&entries[0], &whole[..length]).unwrap();
+        assert!(matches!(used(), CacheUse::Replaced { .. }), "cut at {length}");
+    }
+    // Another setting is another entry.
+    let metered = CompileOptions { fuel: true, ..options.clone() };
+    assert_eq!(*Module::compile_with(&bytes, &metered).unwrap().cache_use(), CacheUse::Miss);
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 2);
+
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(used(), CacheUse::Unusable { .. }), "others may write there");
+    }
 }
 
 #[test]
