@@ -18,6 +18,7 @@ extern crate std;
 
 pub mod config;
 pub mod content;
+pub mod decode;
 mod envelope;
 pub mod host;
 mod json;
