@@ -257,6 +257,11 @@ impl Detector {
         Message { stream: key.to_owned(), mode, skipped_bytes: 0 }
     }
 
+    /// Begins a message that is not to be looked at; it opens no stream.
+    pub fn ignore(&self, stream: &str) -> Message {
+        Message { stream: stream.to_owned(), mode: Mode::Ignore, skipped_bytes: 0 }
+    }
+
     /// Ends the message and judges it. With a `defect` (the reason why a part was not inspected) the
     /// message is not learned from and is never `normal`; what was inspected can still be anomalous.
     pub fn finish(&mut self, message: Message, defect: Option<String>) -> Verdict {

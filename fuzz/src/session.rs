@@ -29,7 +29,7 @@ pub fn holds(data: &[u8]) {
         path: input.pick(&[CHAT, CHAT, CHAT, b"/orders/7"]),
         content_types: [0, 1]
             .map(|_| input.pick(&[JSON, JSON, JSON, None, Some(b"text/plain"), Some(b"image/png")])),
-        encoding: input.pick(&[None, None, None, Some(b"gzip"), Some(b"identity")]),
+        encoding: input.pick(&[None, None, None, Some(b"gzip"), Some(b"identity"), Some(b"br, x")]),
         ..Proxy::default()
     };
     let mut script = Script {

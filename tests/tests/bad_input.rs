@@ -110,11 +110,22 @@ fn defects() -> Vec<Defect> {
             message.set("content-type", "application/json");
             *message.body = PNG.repeat(10);
         }),
-        defect("gzip", "encoding:gzip", 415, true, "encoding", |mut message| {
+        defect("a coding that is not decoded", "encoding:compress", 415, true, "encoding", |mut message| {
+            message.set("content-encoding", "compress");
+        }),
+        defect("plain text labelled br", "encoding_malformed", 400, false, "encoding", |mut message| {
+            message.set("content-encoding", "br");
+        }),
+        defect("half a gzip file", "encoding_truncated", 400, false, "encoding", |mut message| {
             message.set("content-encoding", "gzip");
-            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-            gzip.write_all(message.body).unwrap();
-            *message.body = gzip.finish().unwrap();
+            let whole = gzip(message.body);
+            *message.body = whole[..whole.len() / 2].to_vec();
+        }),
+        defect("a decompression bomb", "size", 413, false, "size", |mut message| {
+            message.set("content-encoding", "gzip");
+            // Blanks are valid JSON before a document.
+            message.body.splice(..0, vec![b' '; 16 << 20]);
+            *message.body = gzip(message.body);
         }),
         defect("an image", "content_type_binary", 415, true, "content_type", |mut message| {
             message.elsewhere();
@@ -122,6 +133,12 @@ fn defects() -> Vec<Defect> {
             *message.body = PNG.repeat(10);
         }),
     ]
+}
+
+fn gzip(body: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    gzip.write_all(body).unwrap();
+    gzip.finish().unwrap()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -144,7 +144,7 @@ async fn what_cannot_be_inspected_passes_unchanged_and_says_why_by_every_path() 
         (chat(*b"{\"a\":\"\xff\xfe\"}", *b"{\"a\":\"\xff\xfe\"}"), "invalid_utf8"),
         (chat(long.as_str(), long.as_str()), "size"),
         (typed("image/png", b"\x89PNG\r\n\x1a\n\0\0"), "content_type_binary"),
-        (encoded, "encoding:br"),
+        (encoded, "encoding_malformed"),
     ];
     let mut configuration = learning();
     configuration["limits"] = json!({"max_body_bytes": 2048});

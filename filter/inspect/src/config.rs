@@ -19,6 +19,8 @@ use driftlock_engine::calibrate::messages_for_alpha;
 use driftlock_engine::detector::{LearningPlan, PlanError, Settings};
 use serde::Deserialize;
 
+use crate::exclude::{Exclusion, ExclusionError, Exclusions};
+
 /// The parsed, checked configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -30,6 +32,12 @@ pub struct Config {
     pub snapshot: Snapshot,
     /// Most bytes of one body that are inspected; a longer one is `not_inspected` with reason `size`.
     pub max_body_bytes: u64,
+    /// Most decoded bytes for each encoded one; see [`crate::decode`].
+    pub max_decoded_ratio: u32,
+    /// Memory that all decoders of a VM share.
+    pub max_decoder_bytes: usize,
+    /// Messages that are not inspected because the operator said so.
+    pub exclusions: Exclusions,
     /// What becomes of a message that cannot be inspected.
     pub uninspectable: Uninspectable,
     /// Where verdicts go.
@@ -141,6 +149,14 @@ pub enum ConfigError {
         /// What it may say at least.
         least: u64,
     },
+    /// An exclusion that says nothing, or too much.
+    #[error("plugin configuration, at exclude[{index}]: {error}")]
+    Exclusion {
+        /// Which one, from 0.
+        index: usize,
+        /// What is wrong with it.
+        error: ExclusionError,
+    },
     /// A stream name that could not be told from another's.
     #[error("plugin configuration, at name: {0:?} is not 1 to 64 of the characters a-z A-Z 0-9 . _ -")]
     Name(String),
@@ -155,6 +171,7 @@ struct Document {
     #[serde(deserialize_with = "present")]
     learn: Option<Option<Learn>>,
     baseline: Option<String>,
+    exclude: Vec<Exclusion>,
     limits: Limits,
     uninspectable: Uninspectable,
     report: Report,
@@ -178,6 +195,8 @@ const DEFAULT_LEARNED_MESSAGES: u32 = 1000;
 #[serde(deny_unknown_fields, default)]
 struct Limits {
     max_body_bytes: u64,
+    max_decoded_ratio: u32,
+    max_decoder_bytes: usize,
     max_streams: usize,
     max_ngrams: usize,
     max_table_bytes: usize,
@@ -191,6 +210,7 @@ impl Default for Document {
             alpha: 0.002,
             learn: None,
             baseline: None,
+            exclude: Vec::new(),
             limits: Limits::default(),
             uninspectable: Uninspectable::default(),
             report: Report::default(),
@@ -203,6 +223,8 @@ impl Default for Limits {
         let training = TrainingOptions::default();
         Self {
             max_body_bytes: 16 << 20,
+            max_decoded_ratio: 200,
+            max_decoder_bytes: 16 << 20,
             max_streams: 64,
             max_ngrams: training.max_ngrams,
             max_table_bytes: training.max_table_bytes,
@@ -257,6 +279,8 @@ impl Document {
         let limits = &self.limits;
         for (field, value, least) in [
             ("limits.max_body_bytes", limits.max_body_bytes, 1024),
+            ("limits.max_decoded_ratio", u64::from(limits.max_decoded_ratio), 1),
+            ("limits.max_decoder_bytes", limits.max_decoder_bytes as u64, 64 << 10),
             ("limits.max_streams", limits.max_streams as u64, 1),
             ("limits.max_ngrams", limits.max_ngrams as u64, 1024),
             ("limits.max_table_bytes", limits.max_table_bytes as u64, 32 << 10),
@@ -297,6 +321,8 @@ impl Document {
                 return Err(ConfigError::AlphaOutOfReach { stream, calibrated, least });
             }
         }
+        let exclusions = Exclusions::new(self.exclude)
+            .map_err(|(index, error)| ConfigError::Exclusion { index, error })?;
         Ok(Config {
             name: self.name,
             settings: Settings {
@@ -312,6 +338,9 @@ impl Document {
             },
             snapshot,
             max_body_bytes: limits.max_body_bytes,
+            max_decoded_ratio: limits.max_decoded_ratio,
+            max_decoder_bytes: limits.max_decoder_bytes,
+            exclusions,
             uninspectable: self.uninspectable,
             report: self.report,
         })
@@ -338,7 +367,8 @@ mod tests {
     fn every_knob_reaches_the_settings() {
         let config = Config::parse(
             br#"{"name": "edge", "alpha": 0.01, "learn": {"messages": 400}, "uninspectable": "refuse",
-                 "limits": {"max_body_bytes": 2048, "max_streams": 2, "max_ngrams": 4096, "max_table_bytes": 65536,
+                 "exclude": [{"path": "/healthz"}],
+                 "limits": {"max_decoded_ratio": 10, "max_decoder_bytes": 65536, "max_body_bytes": 2048, "max_streams": 2, "max_ngrams": 4096, "max_table_bytes": 65536,
                             "max_learned_unit_bytes": 100},
                  "report": {"response_headers": false, "filter_state": false, "log": "always"}}"#,
         )
@@ -346,6 +376,8 @@ mod tests {
         assert_eq!((config.name.as_str(), config.settings.alpha_ppm), ("edge", 10_000));
         assert_eq!(config.settings.learning.unwrap().messages(), 400);
         assert_eq!((config.max_body_bytes, config.settings.max_streams), (2048, 2));
+        assert_eq!((config.max_decoded_ratio, config.max_decoder_bytes), (10, 65536));
+        assert_ne!(config.exclusions, Exclusions::default());
         let training = config.settings.training;
         assert_eq!(
             (training.max_ngrams, training.max_table_bytes, training.max_unit_bytes),
@@ -368,7 +400,10 @@ mod tests {
             (r#"{"baseline": "aGVsbG8="}"#, ["baseline", "not a Driftlock baseline"]),
             (r#"{"learn": null}"#, ["nothing could ever be judged", "baseline"]),
             (r#"{"limits": {"max_body_bytes": 5}}"#, ["limits.max_body_bytes", "1024"]),
+            (r#"{"limits": {"max_decoder_bytes": 5}}"#, ["limits.max_decoder_bytes", "65536"]),
             (r#"{"name": "a/b"}"#, ["name", "a/b"]),
+            (r#"{"exclude": [{"path": "/a"}, {}]}"#, ["exclude[1]", "names nothing"]),
+            (r#"{"exclude": [{"paht": "/a"}]}"#, ["exclude[0].paht", "unknown field"]),
             (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),
             (r#"[]"#, ["at the top", "invalid"]),
             (r#"{} {}"#, ["the end", "trailing"]),

@@ -60,6 +60,8 @@ pub enum Metric {
     NotInspectedSize,
     NotInspectedMalformed,
     NotInspectedCutShort,
+    NotInspectedDisabled,
+    NotInspectedWebsocket,
     NotInspectedNoBaseline,
     Refused,
     BytesInspected,
@@ -68,7 +70,7 @@ pub enum Metric {
 }
 
 /// Names of the counters, by [`Metric`].
-pub const METRIC_NAMES: [&str; 18] = [
+pub const METRIC_NAMES: [&str; 20] = [
     "driftlock.messages.request.normal",
     "driftlock.messages.request.warming_up",
     "driftlock.messages.request.not_inspected",
@@ -82,6 +84,8 @@ pub const METRIC_NAMES: [&str; 18] = [
     "driftlock.not_inspected.size",
     "driftlock.not_inspected.malformed",
     "driftlock.not_inspected.cut_short",
+    "driftlock.not_inspected.disabled",
+    "driftlock.not_inspected.websocket",
     "driftlock.not_inspected.no_baseline",
     "driftlock.refused",
     "driftlock.bytes.inspected",

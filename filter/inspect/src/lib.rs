@@ -20,6 +20,7 @@ pub mod config;
 pub mod content;
 pub mod decode;
 mod envelope;
+pub mod exclude;
 pub mod host;
 mod json;
 mod openai;

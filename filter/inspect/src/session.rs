@@ -16,12 +16,16 @@
 use alloc::borrow::ToOwned;
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
+use core::ops::ControlFlow;
 
 use driftlock_engine::detector::{Detector, Message, UnitId};
 use driftlock_engine::evidence::{Outcome, Verdict};
 
 use crate::config::{Config, ConfigError, LogPolicy, Report, Uninspectable};
-use crate::content::{ApiStyle, BodyParser, ContentError, Role, Sink, Unit};
+use crate::content::{ApiStyle, BodyParser, ContentError, NotInspected, Role, Sink, Unit};
+use crate::decode::{self, Coding, DecodeError, Decoder};
+use crate::exclude::{Exclusions, PathMatches};
 use crate::host::{Direction, Host, HostError, Level, Metric};
 
 /// Filter-state keys, as the access log finds them behind `wasm.`.
@@ -34,6 +38,9 @@ pub mod filter_state {
     pub const OUTCOME: &str = "driftlock.outcome";
 }
 
+/// The reason of messages that the configuration excludes.
+const DISABLED: &str = "disabled";
+
 /// The response header that carries the request's verdict, a structured field (RFC 9651 item).
 pub const REQUEST_VERDICT_HEADER: &str = "x-driftlock-request";
 
@@ -45,6 +52,8 @@ pub struct Plugin {
     uninspectable: Uninspectable,
     max_body_bytes: u64,
     max_unit_bytes: usize,
+    decoding: decode::Limits,
+    exclusions: Exclusions,
     detector: Detector,
 }
 
@@ -63,6 +72,10 @@ pub enum Step {
 #[derive(Debug, Default)]
 pub struct Exchange {
     style: Option<ApiStyle>,
+    /// The exclusions that the request's path leaves open.
+    excluded: PathMatches,
+    /// Bytes are passed through that are no HTTP message (CONNECT).
+    tunnel: bool,
     request: Option<Inspection>,
     response: Option<Inspection>,
     /// Whose headers came. Should a proxy report them again, the message still has one verdict.
@@ -79,15 +92,31 @@ struct Inspection {
     direction: Direction,
     message: Message,
     parser: Option<BodyParser>,
+    /// Undoes the body's content codings, if it has any.
+    decoder: Option<Decoder>,
+    /// As they came.
+    wire_bytes: u64,
+    /// Decoded.
     body_bytes: u64,
     defect: Option<Defect>,
+}
+
+/// How a body is to be read.
+struct Reading {
+    parser: BodyParser,
+    decoder: Option<Decoder>,
 }
 
 /// Why a message, or a part of it, is not inspected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Defect {
+    /// A content coding that is not decoded.
     Encoding(String),
+    /// Decoding failed, or went over a bound.
+    Decode(DecodeError),
     ContentType(&'static str),
+    /// No longer HTTP messages: `websocket`, `upgrade` or `tunnel`.
+    Upgrade(&'static str),
     Size,
     Malformed(ContentError),
     CutShort,
@@ -97,7 +126,8 @@ enum Defect {
 impl Defect {
     fn metric(&self) -> Metric {
         match self {
-            Self::Encoding(_) => Metric::NotInspectedEncoding,
+            Self::Encoding(_) | Self::Decode(_) => Metric::NotInspectedEncoding,
+            Self::Upgrade(_) => Metric::NotInspectedWebsocket,
             Self::ContentType(_) => Metric::NotInspectedContentType,
             Self::Size => Metric::NotInspectedSize,
             Self::Malformed(_) => Metric::NotInspectedMalformed,
@@ -110,8 +140,10 @@ impl Defect {
     fn status(&self) -> u16 {
         match self {
             Self::Encoding(_) | Self::ContentType(_) => 415,
-            Self::Size => 413,
-            Self::Malformed(_) | Self::CutShort => 400,
+            Self::Size | Self::Decode(DecodeError::Ratio) => 413,
+            Self::Decode(DecodeError::Memory) => 503,
+            Self::Upgrade(_) => 403,
+            Self::Malformed(_) | Self::CutShort | Self::Decode(_) => 400,
             Self::Host(_) => 503,
         }
     }
@@ -121,7 +153,8 @@ impl core::fmt::Display for Defect {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
             Self::Encoding(name) => write!(f, "encoding:{name}"),
-            Self::ContentType(reason) => f.write_str(reason),
+            Self::Decode(error) => f.write_str(error.as_str()),
+            Self::ContentType(reason) | Self::Upgrade(reason) => f.write_str(reason),
             Self::Size => f.write_str("size"),
             Self::Malformed(error) => f.write_str(error.as_str()),
             Self::CutShort => f.write_str("cut_short"),
@@ -171,6 +204,11 @@ impl Plugin {
             uninspectable: config.uninspectable,
             max_body_bytes: config.max_body_bytes,
             max_unit_bytes: config.settings.training.max_unit_bytes,
+            decoding: decode::Limits {
+                max_ratio: config.max_decoded_ratio,
+                budget: decode::Budget::new(config.max_decoder_bytes),
+            },
+            exclusions: config.exclusions,
             detector: Detector::new(config.settings, config.snapshot),
         }
     }
@@ -188,12 +226,13 @@ impl Plugin {
     fn begin(
         &mut self,
         direction: Direction,
-        parser: Result<Option<BodyParser>, Defect>,
+        reading: Result<Option<Reading>, Defect>,
         event_stream: bool,
     ) -> Inspection {
-        let (parser, defect) = match parser {
-            Ok(parser) => (parser, None),
-            Err(defect) => (None, Some(defect)),
+        let (parser, decoder, defect) = match reading {
+            Ok(Some(Reading { parser, decoder })) => (Some(parser), decoder, None),
+            Ok(None) => (None, None, None),
+            Err(defect) => (None, None, Some(defect)),
         };
         let style = match (&parser, direction) {
             (Some(parser), _) => parser.style().as_str(),
@@ -204,7 +243,37 @@ impl Plugin {
         // A streamed chat answer has another envelope than a whole one.
         let streamed = if event_stream && style != ApiStyle::Sse.as_str() { ".sse" } else { "" };
         let stream = format!("{}/{}/{style}{streamed}", self.name, direction.as_str());
-        Inspection { direction, message: self.detector.begin(&stream), parser, body_bytes: 0, defect }
+        let message = self.detector.begin(&stream);
+        Inspection { direction, message, parser, decoder, wire_bytes: 0, body_bytes: 0, defect }
+    }
+
+    /// The verdict on a message that the configuration excludes.
+    fn disabled(&mut self, direction: Direction, host: &mut impl Host) -> Verdict {
+        host.count(Metric::NotInspectedDisabled, 1);
+        host.count(
+            match direction {
+                Direction::Request => Metric::RequestNotInspected,
+                Direction::Response => Metric::ResponseNotInspected,
+            },
+            1,
+        );
+        let stream = format!("{}/{}/{DISABLED}", self.name, direction.as_str());
+        let message = self.detector.ignore(&stream);
+        self.detector.finish(message, Some(DISABLED.to_owned()))
+    }
+
+    /// How a body with these headers is read.
+    fn reading(
+        &self,
+        codings: &[Coding],
+        parser: Result<BodyParser, NotInspected>,
+    ) -> Result<Reading, Defect> {
+        let parser = parser.map_err(|reason| Defect::ContentType(reason.as_str()))?;
+        let decoder = match codings {
+            [] => None,
+            codings => Some(Decoder::new(codings, &self.decoding).map_err(Defect::Decode)?),
+        };
+        Ok(Reading { parser, decoder })
     }
 
     fn refuses(&self, inspection: &Inspection) -> bool {
@@ -227,29 +296,66 @@ impl Inspection {
                 return;
             }
         };
-        let room = plugin.max_body_bytes.saturating_sub(self.body_bytes);
-        self.body_bytes = self.body_bytes.saturating_add(chunk.len() as u64);
-        let Some(parser) = &mut self.parser else { return };
-        let mut feed = Feed { message: &mut self.message, max_unit_bytes: plugin.max_unit_bytes };
-        let inspected = usize::try_from(room).ok().and_then(|room| chunk.get(..room)).unwrap_or(chunk);
-        parser.push(inspected, &mut feed);
-        if inspected.len() < chunk.len() {
+        let room = plugin.max_body_bytes.saturating_sub(self.wire_bytes);
+        self.wire_bytes = self.wire_bytes.saturating_add(chunk.len() as u64);
+        let inspected = first(chunk, room);
+        let result = self.read(plugin, |decoder, give| match decoder {
+            Some(decoder) => decoder.push(inspected, give),
+            None => match give(inspected) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(DecodeError::Stopped),
+            },
+        });
+        let defect = match result {
+            Ok(()) if inspected.len() == chunk.len() => return,
+            Ok(()) | Err(DecodeError::Stopped) => Defect::Size,
+            Err(error) => Defect::Decode(error),
+        };
+        if self.parser.is_some() {
             // What was read is judged.
-            self.defect.get_or_insert(Defect::Size);
+            self.defect.get_or_insert(defect);
             self.end_of_body(plugin, true);
         }
     }
 
+    /// Has `decode` give decoded bytes to the parser, up to the size that is inspected.
+    fn read(
+        &mut self,
+        plugin: &Plugin,
+        decode: impl FnOnce(
+            &mut Option<Decoder>,
+            &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
+        ) -> Result<(), DecodeError>,
+    ) -> Result<(), DecodeError> {
+        let Self { message, parser, decoder, body_bytes, .. } = self;
+        let Some(parser) = parser else { return Ok(()) };
+        let mut feed = Feed { message, max_unit_bytes: plugin.max_unit_bytes };
+        decode(decoder, &mut |piece| {
+            let inspected = first(piece, plugin.max_body_bytes.saturating_sub(*body_bytes));
+            *body_bytes = body_bytes.saturating_add(inspected.len() as u64);
+            parser.push(inspected, &mut feed);
+            if inspected.len() == piece.len() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })
+    }
+
     /// The body is complete, or what came of it.
     fn end_of_body(&mut self, plugin: &Plugin, cut_short: bool) {
+        let decoded = self.read(plugin, |decoder, give| match decoder {
+            Some(decoder) => decoder.finish(give),
+            None => Ok(()),
+        });
         let Some(mut parser) = self.parser.take() else { return };
+        self.decoder = None;
         let mut feed = Feed { message: &mut self.message, max_unit_bytes: plugin.max_unit_bytes };
-        let result = parser.finish(&mut feed);
-        if cut_short {
-            self.defect.get_or_insert(Defect::CutShort);
-        } else if let Err(error) = result {
-            self.defect.get_or_insert(Defect::Malformed(error));
-        }
+        let parsed = parser.finish(&mut feed);
+        let defect = match (decoded, parsed) {
+            _ if cut_short => Defect::CutShort,
+            (Ok(()), Ok(_)) => return,
+            (Ok(()), Err(error)) => Defect::Malformed(error),
+            (Err(DecodeError::Stopped), _) => Defect::Size,
+            (Err(error), _) => Defect::Decode(error),
+        };
+        self.defect.get_or_insert(defect);
     }
 
     fn judge(self, plugin: &mut Plugin, host: &mut impl Host) -> Verdict {
@@ -295,18 +401,30 @@ impl Exchange {
         let method = host.header(Direction::Request, ":method");
         let path = host.header(Direction::Request, ":path");
         let head = method.and_then(|method| Ok((method.unwrap_or_default(), path?.unwrap_or_default())));
-        let path = head.as_ref().map_or(&[][..], |(_, path)| path);
+        let (method, path) = head.as_ref().map_or((&[][..], &[][..]), |(method, path)| (method, path));
         self.style = ApiStyle::of_path(path);
-        let parser = match &head {
-            Err(error) => Err(Defect::Host(*error)),
-            Ok(_) if end_of_stream => Ok(None),
-            Ok((_, path)) => body_headers(host, Direction::Request).and_then(|content_type| {
-                BodyParser::for_request(path, content_type.as_deref())
-                    .map(Some)
-                    .map_err(|reason| Defect::ContentType(reason.as_str()))
-            }),
+        self.tunnel = method.eq_ignore_ascii_case(b"CONNECT");
+        self.excluded = plugin.exclusions.of_path(path);
+        let headers = if end_of_stream { Ok(None) } else { body_headers(host, Direction::Request).map(Some) };
+        let content_type = headers.as_ref().ok().and_then(|headers| headers.as_ref()?.0.as_deref());
+        if plugin.exclusions.exclude(self.excluded, Direction::Request, content_type) {
+            let verdict = plugin.disabled(Direction::Request, host);
+            self.publish(plugin, host, &verdict, Direction::Request);
+            self.request_verdict = Some(verdict);
+            return Step::Forward;
+        }
+        let reading = match (&head, &headers) {
+            (Err(error), _) => Err(Defect::Host(*error)),
+            _ if self.tunnel => Err(Defect::Upgrade("tunnel")),
+            (_, Err(defect)) => Err(defect.clone()),
+            (_, Ok(None)) => Ok(None),
+            (Ok(_), Ok(Some((_, codings)))) => {
+                codings.clone().map_err(Defect::Encoding).and_then(|codings| {
+                    plugin.reading(&codings, BodyParser::for_request(path, content_type)).map(Some)
+                })
+            }
         };
-        let mut inspection = plugin.begin(Direction::Request, parser, false);
+        let mut inspection = plugin.begin(Direction::Request, reading, false);
         if let Ok((method, path)) = &head {
             let target = Unit { role: Role::Target, index: 0 };
             let mut feed = Feed { message: &mut inspection.message, max_unit_bytes: plugin.max_unit_bytes };
@@ -369,6 +487,15 @@ impl Exchange {
         host: &mut impl Host,
         end_of_stream: bool,
     ) -> Step {
+        let judged = !self.answered && !end_of_stream && !self.response_begun;
+        let upgrade = if judged { self.upgrade(host) } else { None };
+        if let (Some(defect @ Defect::Upgrade(_)), Some(request)) = (&upgrade, &mut self.request) {
+            // What the client sends from now on is no body of this request.
+            request.defect.get_or_insert(defect.clone());
+            if self.end_request(plugin, host, false) == Step::Answered {
+                return Step::Answered;
+            }
+        }
         if plugin.report.response_headers {
             // Always written, so that no upstream can put a verdict of its own there.
             let value = self
@@ -378,18 +505,28 @@ impl Exchange {
             self.tell(host, |host| host.set_response_header(REQUEST_VERDICT_HEADER, &value));
         }
         // Our own answer, or nothing to judge.
-        if self.answered || end_of_stream || core::mem::replace(&mut self.response_begun, true) {
+        if !judged {
             return Step::Forward;
         }
-        let parser = body_headers(host, Direction::Response).and_then(|content_type| {
-            let event_stream = content_type.as_deref().is_some_and(is_event_stream);
-            BodyParser::for_response(self.style, content_type.as_deref())
-                .map(|parser| (parser, event_stream))
-                .map_err(|reason| Defect::ContentType(reason.as_str()))
-        });
-        let event_stream = parser.as_ref().is_ok_and(|(_, event_stream)| *event_stream);
-        let inspection =
-            plugin.begin(Direction::Response, parser.map(|(parser, _)| Some(parser)), event_stream);
+        self.response_begun = true;
+        let headers = body_headers(host, Direction::Response);
+        let content_type = headers.as_ref().ok().and_then(|(content_type, _)| content_type.as_deref());
+        if plugin.exclusions.exclude(self.excluded, Direction::Response, content_type) {
+            let verdict = plugin.disabled(Direction::Response, host);
+            self.publish(plugin, host, &verdict, Direction::Response);
+            return Step::Forward;
+        }
+        let event_stream = content_type.is_some_and(is_event_stream);
+        let reading = match (upgrade, &headers) {
+            (Some(defect), _) => Err(defect),
+            (None, Err(defect)) => Err(defect.clone()),
+            (None, Ok((_, Err(name)))) => Err(Defect::Encoding(name.clone())),
+            (None, Ok((_, Ok(codings)))) => {
+                plugin.reading(codings, BodyParser::for_response(self.style, content_type))
+            }
+        };
+        let event_stream = event_stream && reading.is_ok();
+        let inspection = plugin.begin(Direction::Response, reading.map(Some), event_stream);
         let refused = plugin.refuses(&inspection);
         self.response = Some(inspection);
         if plugin.uninspectable == Uninspectable::Refuse && !refused {
@@ -398,6 +535,29 @@ impl Exchange {
             self.tell(host, |host| host.remove_response_header("content-length"));
         }
         if refused { self.end_response(plugin, host, false) } else { Step::Forward }
+    }
+
+    /// Whether the exchange goes on as something else than HTTP messages.
+    fn upgrade(&self, host: &impl Host) -> Option<Defect> {
+        if self.tunnel {
+            return Some(Defect::Upgrade("tunnel"));
+        }
+        // The request of an upgrade has no end before the answer.
+        self.request.as_ref()?;
+        let header = |name| host.header(Direction::Response, name);
+        let protocol = header(":status").and_then(|status| match status.as_deref() {
+            Some(b"101") => header("upgrade").map(Some),
+            _ => Ok(None),
+        });
+        match protocol {
+            Ok(None) => None,
+            Ok(Some(name)) => Some(Defect::Upgrade(match name {
+                Some(name) if name.eq_ignore_ascii_case(b"websocket") => "websocket",
+                _ => "upgrade",
+            })),
+            // Whatever it is, it is not known to be a response.
+            Err(error) => Some(Defect::Host(error)),
+        }
     }
 
     /// More of the response's body; `chunk` holds only what no earlier call brought, or
@@ -461,7 +621,9 @@ impl Exchange {
 
     fn publish(&mut self, plugin: &Plugin, host: &mut impl Host, verdict: &Verdict, direction: Direction) {
         self.worst = self.worst.max(Some(verdict.outcome));
-        let flagged = matches!(verdict.outcome, Outcome::Anomalous | Outcome::NotInspected);
+        // What the operator excluded is no news.
+        let disabled = verdict.reason.as_deref() == Some(DISABLED);
+        let flagged = matches!(verdict.outcome, Outcome::Anomalous | Outcome::NotInspected) && !disabled;
         let logged = match plugin.report.log {
             LogPolicy::Never => false,
             LogPolicy::Flagged => flagged,
@@ -500,22 +662,19 @@ impl Exchange {
     }
 }
 
-/// The message's content-type, if its body can be read at all.
-fn body_headers(host: &mut impl Host, direction: Direction) -> Result<Option<alloc::vec::Vec<u8>>, Defect> {
-    let encoding = host.header(direction, "content-encoding").map_err(Defect::Host)?;
-    if let Some(encoding) = encoding {
-        let encoding = encoding.trim_ascii();
-        if !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity") {
-            return Err(Defect::Encoding(token(encoding)));
-        }
-    }
-    host.header(direction, "content-type").map_err(Defect::Host)
+/// A message's content-type, and its codings or the first one that is not known.
+type BodyHeaders = (Option<Vec<u8>>, Result<Vec<Coding>, String>);
+
+fn body_headers(host: &impl Host, direction: Direction) -> Result<BodyHeaders, Defect> {
+    let header = |name| host.header(direction, name).map_err(Defect::Host);
+    let encoding = header("content-encoding")?;
+    let codings = decode::codings(encoding.as_deref().unwrap_or_default()).map_err(|unknown| unknown.0);
+    Ok((header("content-type")?, codings))
 }
 
-/// A header's value as a short plain word.
-fn token(value: &[u8]) -> String {
-    let plain = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b',');
-    value.iter().filter(|b| plain(b)).take(24).map(|&b| b.to_ascii_lowercase() as char).collect()
+/// At most `room` bytes.
+fn first(bytes: &[u8], room: u64) -> &[u8] {
+    usize::try_from(room).ok().and_then(|room| bytes.get(..room)).unwrap_or(bytes)
 }
 
 fn is_event_stream(content_type: &[u8]) -> bool {

@@ -338,12 +338,13 @@ fn passing_never_holds_and_refusing_holds_a_request_to_its_end() {
 fn a_refused_request_is_answered_once_with_the_status_that_fits() {
     let long = question(1).replace("Where is", &"Where is ".repeat(200));
     type Header<'a> = Option<(&'static str, &'a str)>;
-    let cases: [(&str, Header<'_>, &str, u16); 6] = [
+    let cases: [(&str, Header<'_>, &str, u16); 7] = [
         (&long, None, "size", 413),
         (&question(1)[..40], None, "json_truncated", 400),
         ("\u{1}{", None, "json_malformed", 400),
-        (&question(1), Some(("content-encoding", "gzip")), "encoding:gzip", 415),
-        (&question(1), Some(("content-encoding", "GZIP\", x;\r\ny")), "encoding:gzip,xy", 415),
+        (&question(1), Some(("content-encoding", "gzip")), "encoding_malformed", 400),
+        (&question(1), Some(("content-encoding", "gzip, compress")), "encoding:compress", 415),
+        (&question(1), Some(("content-encoding", "GZIP\"; x\r\ny, br")), "encoding:gzipxy", 415),
         ("\u{1}", Some(("content-type", "image/png")), "content_type_binary", 415),
     ];
     for (body, header, reason, status) in cases {
@@ -388,7 +389,7 @@ fn a_refused_request_is_answered_once_with_the_status_that_fits() {
 #[test]
 fn a_refused_response_is_answered_at_its_headers_or_at_its_end() {
     let whole = answer(1);
-    for (encoding, body, at_headers) in [(Some("br"), whole.as_str(), true), (None, &whole[..60], false)] {
+    for (encoding, body, at_headers) in [(Some("dcb"), whole.as_str(), true), (None, &whole[..60], false)] {
         let mut host = Scripted::chat();
         if let Some(encoding) = encoding {
             host.response.push(("content-encoding", encoding.as_bytes().to_vec()));
@@ -630,7 +631,7 @@ fn a_message_without_a_baseline_is_refused_where_the_route_fails_closed() {
 
 #[test]
 fn a_body_that_cannot_be_read_does_not_hide_its_path() {
-    for header in [("content-encoding", "gzip"), ("content-type", "image/png")] {
+    for header in [("content-encoding", "compress"), ("content-type", "image/png")] {
         let path = "/orders/7' UNION SELECT password FROM users--";
         let request = [(":method", "POST"), (":path", path), header];
         let mut host = Scripted::new(&request, &[(":status", "204")]);
@@ -711,4 +712,168 @@ fn a_baseline_is_not_taught_by_the_traffic_and_keeps_its_name() {
     assert!(with(json!({"learn": {"messages": 100}})).unwrap().settings.learning.is_some());
     let message = with(json!({"name": "edge"})).unwrap_err().to_string();
     assert!(message.contains("\"edge\"") && message.contains("default/request/"), "{message}");
+}
+
+fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    std::io::Write::write_all(&mut encoder, text).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// Passes bodies that are no text, so many bytes at a time; the end comes with none.
+fn pass_bytes(plugin: &mut Plugin, host: &mut Scripted, request: &[u8], response: &[u8], bytes: usize) {
+    let mut exchange = Exchange::default();
+    exchange.request_headers(plugin, host, false);
+    for chunk in request.chunks(bytes) {
+        exchange.request_body(plugin, host, Ok(chunk), false);
+    }
+    exchange.request_body(plugin, host, Ok(b""), true);
+    exchange.response_headers(plugin, host, false);
+    for chunk in response.chunks(bytes) {
+        exchange.response_body(plugin, host, Ok(chunk), false);
+    }
+    exchange.response_body(plugin, host, Ok(b""), true);
+    exchange.done(plugin, host);
+}
+
+#[test]
+fn an_encoded_body_has_the_verdict_of_the_plain_one() {
+    let odd = question(1).replace("Where", "'; DROP TABLE orders; --");
+    let verdicts = |coding: &str, times: usize, bytes: usize| {
+        let encoded = |text: &str| (0..times).fold(text.as_bytes().to_vec(), |body, _| gzip(&body));
+        let mut host = Scripted::chat();
+        host.request.push(("content-encoding", coding.as_bytes().to_vec()));
+        host.response.push(("content-encoding", coding.as_bytes().to_vec()));
+        pass_bytes(&mut configured(json!({})), &mut host, &encoded(&odd), &encoded(&answer(1)), bytes);
+        (host.verdict("request").unwrap(), host.verdict("response").unwrap())
+    };
+    let plain = verdicts("identity", 0, 50);
+    assert_eq!((&plain.0["outcome"], &plain.1["outcome"]), (&json!("anomalous"), &json!("normal")));
+    for bytes in [1, 7, 4096] {
+        assert_eq!(verdicts("gzip", 1, bytes), plain);
+        assert_eq!(verdicts("gzip, gzip", 2, bytes), plain);
+    }
+}
+
+#[test]
+fn what_decoding_does_not_reach_is_said_and_the_rest_is_judged() {
+    let odd = question(1).replace("Where", "'; DROP TABLE orders; --");
+    let bomb = |blanks: usize| [odd.as_bytes(), &b" ".repeat(blanks)[..]].concat();
+    let cases: [(Vec<u8>, Value, &str); 4] = [
+        (gzip(&bomb(1 << 20)), json!({}), "encoding_ratio"),
+        (
+            gzip(&bomb(1 << 20)),
+            json!({"limits": {"max_decoded_ratio": 5000, "max_body_bytes": 500_000}}),
+            "size",
+        ),
+        (gzip(odd.as_bytes())[..100].to_vec(), json!({}), "encoding_truncated"),
+        ([gzip(odd.as_bytes()), b"more".to_vec()].concat(), json!({}), "encoding_malformed"),
+    ];
+    for (body, fields, reason) in cases {
+        let mut seen = Vec::new();
+        for bytes in [1, 33, usize::MAX] {
+            let mut host = Scripted::chat();
+            host.request.push(("content-encoding", b"gzip".to_vec()));
+            pass_bytes(&mut configured(fields.clone()), &mut host, &body, answer(1).as_bytes(), bytes);
+            let verdict = host.verdict("request").unwrap();
+            assert_eq!(verdict["reason"], reason);
+            let metric =
+                if reason == "size" { Metric::NotInspectedSize } else { Metric::NotInspectedEncoding };
+            assert_eq!(host.count_of(metric), 1);
+            seen.push(verdict);
+        }
+        assert_eq!(seen[0]["outcome"], "anomalous");
+        assert!(seen.iter().all(|verdict| *verdict == seen[0]), "{reason}");
+    }
+    // Memory for one decoder, and that is taken.
+    let mut plugin = configured(json!({"limits": {"max_decoder_bytes": 65536}}));
+    let mut first = Exchange::default();
+    let mut host = Scripted::chat();
+    host.request.push(("content-encoding", b"gzip".to_vec()));
+    first.request_headers(&mut plugin, &mut host, false);
+    pass_bytes(&mut plugin, &mut host, &gzip(b"{}"), answer(1).as_bytes(), 99);
+    assert_eq!(host.verdict("request").unwrap()["reason"], "encoding_memory");
+    drop(first);
+    host.lines.clear();
+    pass_bytes(&mut plugin, &mut host, &gzip(question(1).as_bytes()), answer(1).as_bytes(), 99);
+    assert_eq!(host.verdict("request").unwrap()["outcome"], "normal");
+}
+
+#[test]
+fn what_is_excluded_says_disabled_and_is_never_held_refused_or_learned() {
+    let exclude = json!([
+        {"path": "/orders/*"},
+        {"content_type": "text/*", "direction": "response"},
+    ]);
+    let fields = json!({"exclude": exclude, "uninspectable": "refuse", "report": {"log": "flagged"}});
+    let mut plugin = configured(fields);
+    let streams = plugin.detector().streams();
+    let mut host = Scripted::new(
+        &[(":method", "POST"), (":path", "/orders/7' UNION SELECT"), ("content-type", "image/png")],
+        &[(":status", "200"), ("content-type", "application/json")],
+    );
+    let steps = pass(&mut plugin, &mut host, "\u{1}\u{2}", "{");
+    assert!(steps.iter().all(|step| *step == Step::Forward), "{steps:?}");
+    for key in [filter_state::REQUEST, filter_state::RESPONSE] {
+        let verdict: Value = serde_json::from_str(&host.state[key]).unwrap();
+        assert_eq!((&verdict["outcome"], &verdict["reason"]), (&json!("not_inspected"), &json!("disabled")));
+    }
+    assert_eq!(host.count_of(Metric::NotInspectedDisabled), 2);
+    assert_eq!((host.messages("request"), host.messages("response")), (1, 1));
+    assert!(host.lines.is_empty(), "what the operator switched off is no news: {:?}", host.lines);
+    assert_eq!(plugin.detector().streams(), streams);
+    assert!(host.set_headers[0].1.contains("disabled"), "{:?}", host.set_headers);
+
+    // One direction alone: the request is judged.
+    let mut host = Scripted::chat();
+    host.response[1].1 = b"text/html; charset=utf-8".to_vec();
+    pass(&mut plugin, &mut host, &question(1), "<html>");
+    assert_eq!(host.count_of(Metric::RequestNormal), 1);
+    assert_eq!(host.count_of(Metric::NotInspectedDisabled), 1);
+}
+
+#[test]
+fn an_upgrade_ends_both_messages_and_is_named() {
+    let upgrade = |status: &str, protocol: &str| {
+        Scripted::new(
+            &[(":method", "GET"), (":path", "/orders/7"), ("upgrade", "websocket")],
+            &[(":status", status), ("upgrade", protocol)],
+        )
+    };
+    for (protocol, reason) in [("WebSocket", "websocket"), ("h2c", "upgrade")] {
+        let mut host = upgrade("101", protocol);
+        pass_bytes_of_a_socket(&mut configured(json!({})), &mut host);
+        for direction in ["request", "response"] {
+            assert_eq!(host.verdict(direction).unwrap()["reason"], reason);
+        }
+        assert_eq!(host.count_of(Metric::NotInspectedWebsocket), 2);
+        assert!(host.set_headers[0].1.contains(reason));
+    }
+    // Refused by the upstream: a request like any other.
+    let mut host = upgrade("400", "websocket");
+    pass_bytes_of_a_socket(&mut configured(json!({})), &mut host);
+    assert_eq!(host.count_of(Metric::NotInspectedWebsocket), 0);
+    // Refused by us.
+    let mut host = upgrade("101", "websocket");
+    let steps = pass_bytes_of_a_socket(&mut configured(json!({"uninspectable": "refuse"})), &mut host);
+    assert_eq!(steps, [Step::Forward, Step::Answered]);
+    assert_eq!(host.replies[0].0, 403);
+    let mut host = Scripted::new(&[(":method", "CONNECT"), (":path", "")], &[(":status", "200")]);
+    pass_bytes_of_a_socket(&mut configured(json!({})), &mut host);
+    for direction in ["request", "response"] {
+        assert_eq!(host.verdict(direction).unwrap()["reason"], "tunnel");
+    }
+}
+
+/// The request has no end before the answer; then bytes go both ways until one side leaves.
+fn pass_bytes_of_a_socket(plugin: &mut Plugin, host: &mut Scripted) -> Vec<Step> {
+    let mut exchange = Exchange::default();
+    let mut steps = vec![exchange.request_headers(plugin, host, false)];
+    steps.push(exchange.response_headers(plugin, host, false));
+    if steps[1] == Step::Forward {
+        exchange.request_body(plugin, host, Ok(b"\x81\x85abcd"), false);
+        exchange.response_body(plugin, host, Ok(b"\x81\x05"), false);
+    }
+    exchange.done(plugin, host);
+    steps
 }
