@@ -19,12 +19,21 @@
 //! 10 KiB for a usual one).
 
 use crate::json::{Tokenizer, Utf8};
-use crate::openai::{Chat, ChatStream, Mode};
 use crate::sse::{self, EventReader};
 use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::mem;
 
+mod document;
+mod schema;
+mod sniff;
+mod stream;
 mod style;
 
+use document::Reader;
+use schema::{Mode, Schema};
+use sniff::{MAX_SNIFFED_BYTES, Sniffer};
+use stream::{Events, Frames};
 pub use style::{ApiStyle, Framing, Provider};
 
 /// Which part of a message a text belongs to; part of the stream key.
@@ -68,14 +77,20 @@ impl Role {
         }
     }
 
-    /// The role a chat message names (`developer` is system, `function` and `tool` are results, `model` is
-    /// the assistant); anything else is the user's.
+    pub(crate) const COUNT: usize = 1 + Self::Body as usize;
+
+    /// The role a message names, in any case (`developer` is system, `function` and `tool` are results, `model`,
+    /// `chatbot` and `agent` are the assistant); anything else is the user's.
     pub fn of_message(name: &[u8]) -> Self {
-        match name {
-            b"system" | b"developer" => Self::System,
-            b"assistant" | b"model" => Self::Assistant,
-            b"tool" | b"function" => Self::ToolResult,
-            _ => Self::User,
+        let is = |names: &[&[u8]]| names.iter().any(|known| name.eq_ignore_ascii_case(known));
+        if is(&[b"system", b"developer"]) {
+            Self::System
+        } else if is(&[b"assistant", b"model", b"chatbot", b"agent", b"role_agent"]) {
+            Self::Assistant
+        } else if is(&[b"tool", b"function"]) {
+            Self::ToolResult
+        } else {
+            Self::User
         }
     }
 }
@@ -130,6 +145,14 @@ pub enum ContentError {
         /// Position in the decoded body.
         offset: u64,
     },
+    /// Not an AWS event-stream message.
+    #[error(
+        "the event-stream message at byte {offset} is damaged (a length, a header or a checksum): look for what rewrites the body between the server and the filter"
+    )]
+    Frame {
+        /// Where the message begins in the decoded body.
+        offset: u64,
+    },
     /// Not UTF-8 at this byte.
     #[error(
         "the body is not valid UTF-8 at byte {offset}: send UTF-8, or a content-type that names the format"
@@ -147,6 +170,7 @@ impl ContentError {
             Self::Truncated => "json_truncated",
             Self::Malformed { .. } => "json_malformed",
             Self::TooDeep { .. } => "json_too_deep",
+            Self::Frame { .. } => "eventstream_damaged",
             Self::InvalidUtf8 { .. } => "invalid_utf8",
         }
     }
@@ -224,7 +248,6 @@ impl Label {
         self.bytes.get(..usize::from(self.len)).unwrap_or_default()
     }
 
-    #[allow(dead_code, reason = "the document reader to come fills labels")]
     pub(crate) fn push(&mut self, text: &[u8]) {
         for (place, byte) in self.bytes.iter_mut().skip(usize::from(self.len)).zip(text) {
             *place = *byte;
@@ -278,6 +301,8 @@ enum Media {
     EventStream,
     Form,
     Text,
+    Multipart,
+    AmazonEventStream,
     Unknown,
 }
 
@@ -314,9 +339,9 @@ impl Media {
             {
                 Self::Text
             } else if is(b"application/vnd.amazon.eventstream") {
-                return Err(NotInspected::AmazonEventStream);
+                Self::AmazonEventStream
             } else if starts(b"multipart/") {
-                return Err(NotInspected::Multipart);
+                Self::Multipart
             } else if starts(b"application/grpc")
                 || any(&[
                     b"application/protobuf",
@@ -349,17 +374,27 @@ impl Media {
 
 #[derive(Debug)]
 enum Parser {
-    Chat(Box<Chat>),
-    ChatStream(Box<(EventReader, ChatStream)>),
+    Documents(Box<Reader>),
+    Events(Box<Events>),
+    Frames(Box<Frames>),
     Json(Tokenizer),
-    Events(EventReader, DataUnit),
+    RawEvents(EventReader, DataUnit),
     Text,
     /// Text whose content-type did not say so.
     CheckedText(Utf8, Option<ContentError>),
-    /// Nothing but blanks so far; a JSON document would be an answer of the chat API or just JSON.
-    Unknown {
-        chat: bool,
-    },
+    /// Nothing but blanks so far: the first byte says whether it is JSON.
+    Unknown(After),
+    /// JSON of an API yet to be found out, and what came of it.
+    Sniffed(Box<(Sniffer, Vec<u8>)>),
+}
+
+/// What a body that turns out to be JSON is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// Of no API known by its path; many documents may follow one another.
+    Any { many: bool },
+    /// An answer of the style's API; `json` if its content-type says so.
+    Answer { json: bool },
 }
 
 /// Reads one body. Make one per direction of an exchange.
@@ -367,6 +402,7 @@ enum Parser {
 pub struct BodyParser {
     style: ApiStyle,
     framing: Framing,
+    request: bool,
     parser: Parser,
     /// Blanks are being skipped.
     leading: bool,
@@ -380,17 +416,27 @@ impl BodyParser {
     /// # Errors
     /// The reason why such bodies are not inspected.
     pub fn for_request(path: &[u8], content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
-        if ApiStyle::of_path(path) == Some(ApiStyle::OpenAiChat) {
-            let parser = Parser::Chat(Box::new(Chat::new(Mode::Request)));
-            return Ok(Self::new(ApiStyle::OpenAiChat, parser));
+        match ApiStyle::of_path(path) {
+            // Servers read JSON whatever the content-type claims.
+            Some(style) if style != ApiStyle::GraphQl => {
+                let reader = Reader::whole(Schema { style, mode: Mode::Request }, false);
+                Ok(Self::new(style, true, Parser::Documents(Box::new(reader))))
+            }
+            style => {
+                let media = Media::of(content_type)?;
+                match (style, media) {
+                    (Some(style), Media::Json) => {
+                        let reader = Reader::whole(Schema { style, mode: Mode::Request }, false);
+                        Ok(Self::new(style, true, Parser::Documents(Box::new(reader))))
+                    }
+                    _ => Self::generic(media, true),
+                }
+            }
         }
-        let mut parser = Media::of(content_type).map(Self::generic)?;
-        parser.style = ApiStyle::of_path(path).unwrap_or(parser.style);
-        Ok(parser)
     }
 
-    /// The parser for a response's body, from [`ApiStyle::of_path`] of its request and its own content-type
-    /// header.
+    /// The parser for a response's body, from the style of its request ([`ApiStyle::of_path`], or
+    /// [`BodyParser::style`] where the body told) and its own content-type header.
     ///
     /// # Errors
     /// The reason why such bodies are not inspected.
@@ -399,49 +445,49 @@ impl BodyParser {
         content_type: Option<&[u8]>,
     ) -> Result<Self, NotInspected> {
         let media = Media::of(content_type)?;
-        if request != Some(ApiStyle::OpenAiChat) {
-            let mut parser = Self::generic(media);
-            parser.style = request.unwrap_or(parser.style);
-            return Ok(parser);
-        }
+        let Some(style) = request.filter(|style| style.has_schema() && *style != ApiStyle::GraphQl) else {
+            return Self::generic(media, false);
+        };
         Ok(match media {
-            Media::EventStream => {
-                let parser = Parser::ChatStream(Box::new((EventReader::new(), ChatStream::new())));
-                Self::new(ApiStyle::OpenAiChat, parser)
+            Media::EventStream => Self::new(style, false, Parser::Events(Box::new(Events::new(style)))),
+            Media::AmazonEventStream => Self::new(style, false, Parser::Frames(Box::new(Frames::new(style)))),
+            Media::JsonLines => {
+                Self::new(style, false, Parser::Documents(Box::new(Reader::self_framed(style))))
             }
-            Media::Json => Self::new(ApiStyle::OpenAiChat, Parser::Chat(Box::new(Chat::new(Mode::Response)))),
-            Media::Unknown | Media::Text => Self::new(ApiStyle::OpenAiChat, Parser::Unknown { chat: true }),
-            Media::JsonLines | Media::Form => Self::generic(media),
+            Media::Json => Self::new(style, false, Parser::Unknown(After::Answer { json: true })),
+            Media::Unknown | Media::Text => {
+                Self::new(style, false, Parser::Unknown(After::Answer { json: false }))
+            }
+            Media::Form | Media::Multipart => return Self::generic(media, false),
         })
     }
 
-    fn generic(media: Media) -> Self {
-        match media {
-            Media::Json => Self::new(ApiStyle::Json, Parser::Json(Tokenizer::new(false))),
-            Media::JsonLines => Self::new(ApiStyle::Json, Parser::Json(Tokenizer::new(true))),
-            Media::EventStream => {
-                Self::new(ApiStyle::Sse, Parser::Events(EventReader::new(), DataUnit::default()))
-            }
-            Media::Form => Self::new(ApiStyle::Form, Parser::Text),
-            Media::Text => Self::new(ApiStyle::Text, Parser::Text),
-            Media::Unknown => Self::new(ApiStyle::Unlabelled, Parser::Unknown { chat: false }),
-        }
-    }
-
-    fn new(style: ApiStyle, parser: Parser) -> Self {
-        let leading = matches!(parser, Parser::Chat(_) | Parser::Json(_) | Parser::Unknown { .. });
-        let framing = match parser {
-            Parser::ChatStream(_) | Parser::Events(..) => Framing::Sse,
-            Parser::Chat(_)
-            | Parser::Json(_)
-            | Parser::Text
-            | Parser::CheckedText(..)
-            | Parser::Unknown { .. } => Framing::Whole,
+    fn generic(media: Media, request: bool) -> Result<Self, NotInspected> {
+        let (style, parser) = match media {
+            Media::Json => (ApiStyle::Json, Parser::Unknown(After::Any { many: false })),
+            Media::JsonLines => (ApiStyle::Json, Parser::Json(Tokenizer::new(true))),
+            Media::EventStream => (ApiStyle::Sse, Parser::RawEvents(EventReader::new(), DataUnit::default())),
+            Media::Form => (ApiStyle::Form, Parser::Text),
+            Media::Text => (ApiStyle::Text, Parser::Text),
+            Media::Unknown => (ApiStyle::Unlabelled, Parser::Unknown(After::Any { many: true })),
+            Media::Multipart => return Err(NotInspected::Multipart),
+            Media::AmazonEventStream => return Err(NotInspected::AmazonEventStream),
         };
-        Self { style, framing, parser, leading, summary: Summary::default(), finished: false }
+        Ok(Self::new(style, request, parser))
     }
 
-    /// How this body is read.
+    fn new(style: ApiStyle, request: bool, parser: Parser) -> Self {
+        let framing = match &parser {
+            Parser::Events(_) | Parser::RawEvents(..) => Framing::Sse,
+            Parser::Frames(_) => Framing::AwsEventStream,
+            Parser::Documents(reader) if reader.is_self_framed() => Framing::JsonLines,
+            _ => Framing::Whole,
+        };
+        let leading = matches!(parser, Parser::Documents(_) | Parser::Json(_) | Parser::Unknown(_));
+        Self { style, framing, request, parser, leading, summary: Summary::default(), finished: false }
+    }
+
+    /// How this body is read. Where path and content-type did not tell, the body may while it is read.
     pub fn style(&self) -> ApiStyle {
         self.style
     }
@@ -466,24 +512,70 @@ impl BodyParser {
             chunk = chunk.get(blank..).unwrap_or_default();
             let Some(first) = chunk.first() else { return };
             self.leading = false;
-            if let Parser::Unknown { chat } = self.parser {
-                self.parser = match (first, chat) {
-                    (b'{' | b'[', true) => Parser::Chat(Box::new(Chat::new(Mode::Response))),
-                    (b'{' | b'[', false) => Parser::Json(Tokenizer::new(true)),
-                    _ => Parser::CheckedText(Utf8::new(), None),
-                };
+            if let Parser::Unknown(after) = self.parser {
+                self.parser = self.by_first_byte(*first, after);
             }
         }
-        if chunk.is_empty() {
-            return;
+        if let Parser::Sniffed(parts) = &mut self.parser {
+            let (sniffer, kept) = &mut **parts;
+            let room = MAX_SNIFFED_BYTES.saturating_sub(kept.len()).min(chunk.len());
+            let (head, rest) = chunk.split_at_checked(room).unwrap_or((chunk, &[]));
+            kept.extend_from_slice(head);
+            let decided = sniffer.push(head);
+            if decided.is_none() && kept.len() < MAX_SNIFFED_BYTES {
+                return;
+            }
+            self.sniffed(decided.flatten(), sink);
+            (chunk, base) = (rest, base + head.len() as u64);
         }
+        if !chunk.is_empty() {
+            self.read(chunk, base, sink);
+        }
+    }
+
+    /// The parser of a body that is JSON if its first byte says so.
+    fn by_first_byte(&self, first: u8, after: After) -> Parser {
+        let opens = matches!(first, b'{' | b'[');
+        match after {
+            After::Answer { json } if opens || json => {
+                // A single document of Ollama's is a stream of one; Gemini's streams are arrays.
+                let stream =
+                    self.style == ApiStyle::Ollama || first == b'[' && self.style == ApiStyle::Gemini;
+                let schema = Schema { style: self.style, mode: Mode::Response };
+                Parser::Documents(Box::new(if stream {
+                    Reader::self_framed(self.style)
+                } else {
+                    Reader::whole(schema, false)
+                }))
+            }
+            After::Any { .. } if opens => Parser::Sniffed(Box::new((Sniffer::new(self.request), Vec::new()))),
+            After::Any { many: false } => Parser::Json(Tokenizer::new(false)),
+            _ => Parser::CheckedText(Utf8::new(), None),
+        }
+    }
+
+    /// The body's API is known, or that it has none: reads what was kept.
+    fn sniffed(&mut self, style: Option<ApiStyle>, sink: &mut impl Sink) {
+        let mode = if self.request { Mode::Request } else { Mode::Response };
+        let many = self.style == ApiStyle::Unlabelled;
+        let parser = match style {
+            Some(style) => {
+                self.style = style;
+                Parser::Documents(Box::new(Reader::whole(Schema { style, mode }, many)))
+            }
+            None => Parser::Json(Tokenizer::new(many)),
+        };
+        if let Parser::Sniffed(parts) = mem::replace(&mut self.parser, parser) {
+            self.read(&parts.1, self.summary.leading_blank_bytes, sink);
+        }
+    }
+
+    fn read(&mut self, chunk: &[u8], base: u64, sink: &mut impl Sink) {
         match &mut self.parser {
-            Parser::Chat(chat) => chat.push(chunk, base, sink),
-            Parser::ChatStream(parts) => {
-                let (reader, stream) = &mut **parts;
-                reader.push(chunk, base, &mut stream.lines(sink));
-            }
-            Parser::Events(reader, unit) => reader.push(chunk, base, &mut DataLines { unit, sink }),
+            Parser::Documents(reader) => reader.push(chunk, base, sink),
+            Parser::Events(events) => events.push(chunk, base, sink),
+            Parser::Frames(frames) => frames.push(chunk, base, sink),
+            Parser::RawEvents(reader, unit) => reader.push(chunk, base, &mut DataLines { unit, sink }),
             Parser::Json(tokenizer) => {
                 tokenizer.push(chunk, base, &mut ());
                 sink.text(BODY, chunk, base);
@@ -496,7 +588,7 @@ impl BodyParser {
                 }
                 sink.text(BODY, chunk, base);
             }
-            Parser::Text | Parser::Unknown { .. } => sink.text(BODY, chunk, base),
+            Parser::Text | Parser::Unknown(_) | Parser::Sniffed(_) => sink.text(BODY, chunk, base),
         }
     }
 
@@ -511,27 +603,29 @@ impl BodyParser {
         }
         self.finished = true;
         let body_bytes = self.summary.body_bytes;
+        if let Parser::Sniffed(_) = self.parser {
+            self.sniffed(None, sink);
+        }
         let result = match &mut self.parser {
             // A body with nothing but blanks (or nothing at all) has no unit.
             _ if self.leading && body_bytes == 0 => Ok(()),
-            Parser::Chat(chat) => {
-                let result = chat.finish(sink);
-                self.summary.usage = chat.usage();
-                self.summary.skipped_bytes = chat.skipped_bytes();
+            Parser::Documents(reader) => {
+                let result = reader.finish(sink);
+                self.summary.take(reader);
+                self.summary.terminated |= result.is_ok() && self.framing == Framing::Whole;
                 result
             }
-            Parser::ChatStream(parts) => {
-                let (reader, stream) = &mut **parts;
-                stream.input_ends();
-                reader.finish(body_bytes, &mut stream.lines(sink));
-                let result = stream.finish(sink);
-                self.summary.usage = stream.chat().usage();
-                self.summary.skipped_bytes = stream.chat().skipped_bytes();
-                self.summary.events = stream.events();
-                self.summary.terminated = stream.terminated();
+            Parser::Events(events) => {
+                let result = events.finish(body_bytes, sink);
+                self.summary.take(events.reader());
                 result
             }
-            Parser::Events(reader, unit) => {
+            Parser::Frames(frames) => {
+                let result = frames.finish(body_bytes, sink);
+                self.summary.take(frames.reader());
+                result
+            }
+            Parser::RawEvents(reader, unit) => {
                 reader.finish(body_bytes, &mut DataLines { unit, sink });
                 self.summary.events = unit.events;
                 if unit.given {
@@ -557,7 +651,11 @@ impl BodyParser {
                 sink.end(BODY);
                 Ok(())
             }
-            Parser::Text | Parser::Unknown { .. } => Ok(()),
+            // JSON that never began.
+            Parser::Unknown(After::Any { many: false } | After::Answer { json: true }) => {
+                Err(ContentError::Truncated)
+            }
+            Parser::Text | Parser::Unknown(_) | Parser::Sniffed(_) => Ok(()),
         };
         result.map(|()| self.summary)
     }
@@ -565,6 +663,17 @@ impl BodyParser {
     /// What was read so far; complete after [`BodyParser::finish`], also when that failed.
     pub fn summary(&self) -> Summary {
         self.summary
+    }
+}
+
+impl Summary {
+    /// What the reader of the documents found out.
+    fn take(&mut self, reader: &Reader) {
+        *self = Self {
+            body_bytes: self.body_bytes,
+            leading_blank_bytes: self.leading_blank_bytes,
+            ..reader.document.summary
+        };
     }
 }
 

@@ -24,6 +24,15 @@ pub(crate) enum Container {
     Array,
 }
 
+/// What a number or literal is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scalar {
+    Unsigned(u64),
+    True,
+    /// Any other: its value is not needed.
+    Other,
+}
+
 /// Receives tokens. An `index` is a position in the chunk being pushed.
 pub(crate) trait Handler {
     /// `{` or `[` at `index`.
@@ -44,8 +53,8 @@ pub(crate) trait Handler {
     fn string_end(&mut self, index: usize);
     /// First byte of a number or literal.
     fn scalar_begin(&mut self, index: usize);
-    /// One past the last byte of a number or literal, and its value if it is an unsigned integer.
-    fn scalar_end(&mut self, index: usize, value: Option<u64>);
+    /// One past the last byte of a number or literal, and its value.
+    fn scalar_end(&mut self, index: usize, value: Scalar);
 }
 
 /// Only checks the grammar.
@@ -61,7 +70,7 @@ impl Handler for () {
     fn escape(&mut self, _: &[u8], _: &[u8], _: u64) {}
     fn string_end(&mut self, _: usize) {}
     fn scalar_begin(&mut self, _: usize) {}
-    fn scalar_end(&mut self, _: usize, _: Option<u64>) {}
+    fn scalar_end(&mut self, _: usize, _: Scalar) {}
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +157,8 @@ pub(crate) struct Tokenizer {
     high: Option<u16>,
     utf8: Utf8,
     integer: Option<u64>,
+    /// The literal being read is `true`.
+    literal_true: bool,
     error: Option<ContentError>,
 }
 
@@ -169,6 +180,7 @@ impl Tokenizer {
             high: None,
             utf8: Utf8::new(),
             integer: None,
+            literal_true: false,
             error: None,
         }
     }
@@ -206,7 +218,7 @@ impl Tokenizer {
                             };
                         }
                         None if number.is_complete() => {
-                            handler.scalar_end(index, self.integer);
+                            handler.scalar_end(index, self.number());
                             self.state = self.after_value();
                             continue; // the byte belongs to what follows
                         }
@@ -217,7 +229,8 @@ impl Tokenizer {
                     Some((&expected, rest)) if expected == byte => {
                         self.state = State::Literal(rest);
                         if rest.is_empty() {
-                            handler.scalar_end(index + 1, None);
+                            let value = if self.literal_true { Scalar::True } else { Scalar::Other };
+                            handler.scalar_end(index + 1, value);
                             self.state = self.after_value();
                         }
                     }
@@ -264,7 +277,7 @@ impl Tokenizer {
             && self.depth == 0
             && number.is_complete()
         {
-            handler.scalar_end(0, self.integer);
+            handler.scalar_end(0, self.number());
             self.state = State::Done;
         }
         match (self.error, self.state) {
@@ -272,6 +285,10 @@ impl Tokenizer {
             (None, State::Done) => Ok(()),
             (None, _) => Err(ContentError::Truncated),
         }
+    }
+
+    fn number(&self) -> Scalar {
+        self.integer.map_or(Scalar::Other, Scalar::Unsigned)
     }
 
     fn fail(&mut self, error: ContentError) {
@@ -313,6 +330,7 @@ impl Tokenizer {
     }
 
     fn scalar(&mut self, state: State, index: usize, handler: &mut impl Handler) {
+        self.literal_true = state == State::Literal(b"rue");
         self.state = state;
         handler.scalar_begin(index);
     }
@@ -665,8 +683,11 @@ mod tests {
         fn scalar_begin(&mut self, _: usize) {
             self.structure.push('0');
         }
-        fn scalar_end(&mut self, _: usize, value: Option<u64>) {
-            self.integers.push(value);
+        fn scalar_end(&mut self, _: usize, value: Scalar) {
+            self.integers.push(match value {
+                Scalar::Unsigned(value) => Some(value),
+                Scalar::True | Scalar::Other => None,
+            });
         }
     }
 

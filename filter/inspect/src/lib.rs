@@ -4,7 +4,7 @@
 //! runs in Envoy, in the gateway and in a native replay. `no_std` + `alloc`, no panics, no clock.
 //!
 //! [`config`] says what to do, [`session`] follows one exchange, [`content`] turns bodies into units
-//! (by way of `json`, `sse`, `openai` and `envelope`), the engine judges them.
+//! (by way of `json`, `sse`, `frames` and `envelope`), the engine judges them.
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -21,8 +21,8 @@ pub mod content;
 pub mod decode;
 mod envelope;
 pub mod exclude;
+mod frames;
 pub mod host;
 mod json;
-mod openai;
 pub mod session;
 mod sse;

@@ -206,14 +206,23 @@ fn take_message(message: &mut Json, give: &mut impl FnMut(&'static str, usize, S
             give(kind, call, std::mem::take(text));
         }
     }
-    fn take_content(value: &mut Json, give: &mut impl FnMut(&'static str, usize, String)) {
+    fn take_content(
+        value: &mut Json,
+        kind: &'static str,
+        give: &mut impl FnMut(&'static str, usize, String),
+    ) {
         match value {
-            Json::String(_) => take(value, "content", 0, give),
-            Json::Array(elements) => elements.iter_mut().for_each(|element| take_content(element, give)),
+            Json::String(_) => take(value, kind, 0, give),
+            Json::Array(elements) => {
+                elements.iter_mut().for_each(|element| take_content(element, kind, give));
+            }
             Json::Object(pairs) => {
                 for (key, value) in pairs {
-                    if ["text", "refusal", "thinking", "content"].contains(&key.as_str()) {
-                        take_content(value, give);
+                    match key.as_str() {
+                        "text" | "refusal" => take_content(value, kind, give),
+                        "thinking" => take_content(value, "reasoning", give),
+                        "content" => take_content(value, "result", give),
+                        _ => {}
                     }
                 }
             }
@@ -222,7 +231,7 @@ fn take_message(message: &mut Json, give: &mut impl FnMut(&'static str, usize, S
     }
     for (key, value) in message.pairs() {
         match key.as_str() {
-            "content" => take_content(value, give),
+            "content" => take_content(value, "content", give),
             "refusal" => take(value, "refusal", 0, give),
             "reasoning" => take(value, "reasoning", 0, give),
             "reasoning_content" => take(value, "reasoning_content", 0, give),
@@ -237,8 +246,10 @@ fn take_message(message: &mut Json, give: &mut impl FnMut(&'static str, usize, S
             }
             "audio" => {
                 for (key, value) in value.pairs() {
-                    if key == "transcript" {
-                        take(value, "transcript", 0, give);
+                    match key.as_str() {
+                        "transcript" => take(value, "transcript", 0, give),
+                        "text" | "content" => take_content(value, "content", give),
+                        _ => {}
                     }
                 }
             }
@@ -266,6 +277,16 @@ fn take_message(message: &mut Json, give: &mut impl FnMut(&'static str, usize, S
             }
             _ => {}
         }
+    }
+}
+
+/// Of what is not the message's own.
+fn role_of_kind(kind: &str) -> Role {
+    match kind {
+        "call" | "legacy_call" => Role::ToolCall,
+        "result" => Role::ToolResult,
+        "reasoning" | "reasoning_content" | "detail" => Role::Reasoning,
+        _ => Role::Assistant,
     }
 }
 
@@ -297,7 +318,7 @@ fn naive_units(body: &[u8], list: &str, inner: Option<&str>) -> (Vec<(Role, Stri
                 take_message(message, &mut |kind, call, text| match kind {
                     "call" | "legacy_call" => calls.entry((kind, call)).or_default().push_str(&text),
                     "content" => units.push((role, text)),
-                    _ => units.push((Role::Assistant, text)),
+                    _ => units.push((role_of_kind(kind), text)),
                 });
                 units.extend(calls.into_values().map(|text| (Role::ToolCall, text)));
             };
@@ -350,9 +371,7 @@ fn naive_stream(events: &[Vec<u8>]) -> Vec<(Role, String)> {
     let mut units: Vec<_> = joined
         .into_iter()
         .filter(|(_, text)| !text.is_empty())
-        .map(|((_, kind, _), text)| {
-            (if kind.ends_with("call") { Role::ToolCall } else { Role::Assistant }, text)
-        })
+        .map(|((_, kind, _), text)| (role_of_kind(kind), text))
         .collect();
     units.sort();
     units
@@ -447,7 +466,6 @@ impl Random {
                         "choices",
                         "role",
                         "text",
-                        "name",
                         "arguments",
                         "index",
                         "delta",
@@ -533,7 +551,9 @@ impl Random {
     }
 
     fn call(&mut self) -> Json {
-        let function = vec![("name".into(), self.maybe_text()), ("arguments".into(), self.maybe_text())];
+        // An object as arguments is a unit of its own source: see the examples.
+        let arguments = if self.chance(15) { self.junk(0) } else { Json::String(self.text()) };
+        let function = vec![("name".into(), self.maybe_text()), ("arguments".into(), arguments)];
         let mut pairs =
             vec![("id".into(), Json::String("call_1".into())), ("function".into(), self.shuffled(function))];
         if self.chance(60) {

@@ -1,0 +1,922 @@
+//! A JSON document of a known API to content units: requests, whole answers and streamed answers.
+//!
+//! `Schema` says what each value means; this follows the document. A scored string is a unit: its text is cut
+//! out between its quotes. What the schema calls raw (a tool call's input, a structured result) is a unit too,
+//! with its JSON source as text, so that it reads as the same thing does where an API sends it as a string.
+//! Name and arguments of a call are one unit. In a stream the pieces are joined per choice, block and kind;
+//! what an event repeats whole (OpenAI responses do) is units of its own.
+//!
+//! Everything else is the `ENVELOPE`: the body's own bytes. In values that carry media or opaque signatures
+//! base64 (plain or in a data URL) is cut out after its first `BLOB_SAMPLE_BYTES` and counted, media also by
+//! number; so are embeddings' numbers and random stream padding (`obfuscation`, `p`).
+//!
+//! What decides about a text may come after it: the `role` of its message, a choice's or block's index, the
+//! `thought` of Gemini's parts, an event's `type`. Such text is held, at most `MAX_HELD_BYTES`. Beyond that a
+//! request's message counts as the user's, an answer's as the assistant's, and a choice as the one at its
+//! position. The first `role` or `index` of an object counts. Cost: the tokenizer's, plus a copy of held text.
+
+use super::schema::{Field, Kind, Mode, Place, Schema, Tokens};
+use super::style::ApiStyle;
+use super::{ContentError, Label, Role, Sink, Summary, Unit};
+use crate::envelope::{ENVELOPE, Envelope, Value};
+use crate::json::{Container, Handler, Scalar, Tokenizer};
+use alloc::vec::Vec;
+use core::mem;
+
+/// Text held while its role or choice is unknown.
+pub(crate) const MAX_HELD_BYTES: usize = 64 * 1024;
+/// Pieces (runs and escapes) held meanwhile.
+pub(crate) const MAX_HELD_PIECES: usize = 4096;
+/// Units a stream keeps apart; what opens later joins one shared unit per role.
+pub(crate) const MAX_OPEN_UNITS: usize = 64;
+/// Tool calls told apart within one event; later ones join the last.
+const MAX_CALLS: usize = 64;
+/// Base64 characters of a run that the envelope keeps: enough for the file's signature.
+pub(crate) const BLOB_SAMPLE_BYTES: usize = 48;
+
+/// The string being read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Active {
+    None,
+    Scored(Kind),
+    Captured(Field),
+    /// Base64 characters seen in a row where media may stand (at the start, or after the comma of a data URL,
+    /// RFC 2397; a web address is not media), how many of them are kept, and how many were not.
+    Blob {
+        run: Option<usize>,
+        keep: usize,
+        skipped: u64,
+        media: bool,
+    },
+}
+
+/// A run or an escape of a held text.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    kind: Kind,
+    /// `None` until its message says.
+    role: Option<Role>,
+    /// A piece of a stream's unit.
+    joined: bool,
+    /// Position of the tool call within the choice.
+    call: usize,
+    /// Ordinal of the string, so that two strings stay two units.
+    string: u64,
+    body_offset: u64,
+    len: usize,
+    escape: bool,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    bytes: Vec<u8>,
+    pieces: Vec<Piece>,
+}
+
+impl Held {
+    /// `false`: it does not fit, and nothing was kept.
+    fn push(&mut self, text: &[u8], piece: Piece) -> bool {
+        let joins = self.pieces.last().is_some_and(|last| {
+            last.string == piece.string
+                && !last.escape
+                && !piece.escape
+                && last.body_offset + last.len as u64 == piece.body_offset
+        });
+        if self.bytes.len() + text.len() > MAX_HELD_BYTES || !joins && self.pieces.len() >= MAX_HELD_PIECES {
+            return false;
+        }
+        match self.pieces.last_mut() {
+            Some(last) if joins => last.len += text.len(),
+            _ => self.pieces.push(piece),
+        }
+        self.bytes.extend_from_slice(text);
+        true
+    }
+
+    /// Gives the pieces with their texts and forgets them; the memory is kept for the next.
+    fn drain(&mut self, mut give: impl FnMut(Piece, &[u8])) {
+        let mut rest = self.bytes.as_slice();
+        for piece in self.pieces.drain(..) {
+            let (text, after) = rest.split_at_checked(piece.len).unwrap_or((rest, &[]));
+            give(piece, text);
+            rest = after;
+        }
+        self.bytes.clear();
+    }
+}
+
+/// Ordinals handed out per role; the last one is shared by all that come after.
+#[derive(Debug, Default)]
+struct Ordinals([u16; Role::COUNT]);
+
+impl Ordinals {
+    fn next(&mut self, role: Role) -> Unit {
+        let Some(next) = self.0.get_mut(role as usize) else { return Unit { role, index: u16::MAX } };
+        let index = *next;
+        *next = next.saturating_add(1);
+        Unit { role, index }
+    }
+}
+
+/// What makes a unit of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct StreamKey {
+    choice: u64,
+    role: Role,
+    kind: Kind,
+    /// Index of the tool call or content block.
+    part: u64,
+}
+
+/// Units of a stream, open until its end.
+#[derive(Debug, Default)]
+struct OpenUnits(Vec<(StreamKey, Unit)>);
+
+impl OpenUnits {
+    fn unit(&mut self, key: StreamKey, ordinals: &mut Ordinals) -> Unit {
+        let find =
+            |units: &[(StreamKey, Unit)], key| units.iter().find(|(k, _)| *k == key).map(|&(_, unit)| unit);
+        if let Some(unit) = find(&self.0, key) {
+            return unit;
+        }
+        let key = if self.0.len() < MAX_OPEN_UNITS {
+            key
+        } else {
+            StreamKey { choice: u64::MAX, part: u64::MAX, ..key }
+        };
+        find(&self.0, key).unwrap_or_else(|| {
+            let unit = ordinals.next(key.role);
+            self.0.push((key, unit));
+            unit
+        })
+    }
+}
+
+/// Everything known of the message but the tokenizer's state.
+#[derive(Debug)]
+pub(super) struct Document {
+    schema: Schema,
+    /// Documents end by themselves; the stream's framing does not say where.
+    self_framed: bool,
+    /// The documents of such a stream are the elements of a list.
+    in_list: bool,
+    pub(super) envelope: Envelope,
+    places: Vec<Place>,
+    /// The meaning of the next value.
+    slot: Place,
+    /// Depth of the outermost container whose texts are not joined over events.
+    whole: Option<usize>,
+    /// Depth of the value whose source is a unit, and that unit.
+    raw: Option<(usize, Unit)>,
+    /// Where the numbers that are being skipped begin.
+    numbers_from: Option<u64>,
+    /// Position of the next value's key in the held envelope.
+    key_at: Option<usize>,
+    /// Position of the value being read and of its key.
+    value: (usize, usize),
+    active: Active,
+    /// Strings begun so far.
+    strings: u64,
+    ordinals: Ordinals,
+    /// Unit of the string or tool call being read.
+    string_unit: Option<Unit>,
+    call_unit: Option<Unit>,
+    /// The message's role, and whether it said so itself.
+    role: Option<Role>,
+    role_given: bool,
+    /// Whether Gemini's part is a thought, and its first held piece.
+    thought: Option<bool>,
+    part_from: usize,
+    captured: Label,
+    event_type: Label,
+    held: Held,
+    /// The choice's `index` and its position in `choices`.
+    choice: Option<u64>,
+    choice_position: u64,
+    /// Index of the event's content block.
+    block: Option<u64>,
+    /// `index` of the choice's tool calls.
+    calls: Vec<Option<u64>>,
+    /// The choice or event outgrew the bound: no more holding until it ends.
+    direct: bool,
+    open: OpenUnits,
+    pub(super) summary: Summary,
+}
+
+impl Document {
+    fn new(schema: Schema, self_framed: bool) -> Self {
+        Self {
+            schema,
+            self_framed,
+            in_list: false,
+            envelope: if schema.mode == Mode::Stream { Envelope::by_event() } else { Envelope::whole() },
+            places: Vec::new(),
+            slot: Place::Top,
+            whole: None,
+            raw: None,
+            numbers_from: None,
+            key_at: None,
+            value: (0, 0),
+            active: Active::None,
+            strings: 0,
+            ordinals: Ordinals::default(),
+            string_unit: None,
+            call_unit: None,
+            role: None,
+            role_given: false,
+            thought: None,
+            part_from: 0,
+            captured: Label::default(),
+            event_type: Label::default(),
+            held: Held::default(),
+            choice: None,
+            choice_position: 0,
+            block: None,
+            calls: Vec::new(),
+            direct: false,
+            open: OpenUnits::default(),
+            summary: Summary::default(),
+        }
+    }
+
+    fn is_stream(&self) -> bool {
+        self.schema.mode == Mode::Stream
+    }
+
+    /// The role of a message that names none.
+    fn default_role(&self) -> Role {
+        if self.schema.mode == Mode::Request { Role::User } else { Role::Assistant }
+    }
+
+    fn role_of(&self, kind: Kind) -> Option<Role> {
+        Some(match kind {
+            Kind::Spoken => return self.role,
+            Kind::System => Role::System,
+            Kind::User => Role::User,
+            Kind::Assistant | Kind::Refusal | Kind::Transcript => Role::Assistant,
+            Kind::Reasoning | Kind::ReasoningContent | Kind::ReasoningDetail => Role::Reasoning,
+            Kind::Call | Kind::LegacyCall | Kind::RepeatedCall => Role::ToolCall,
+            Kind::Result => Role::ToolResult,
+            Kind::Query => Role::Body,
+            Kind::Delta => return None,
+            Kind::Repeat => self.role_of_event(),
+        })
+    }
+
+    /// What the pieces of an event of the responses API are, from its type.
+    fn role_of_event(&self) -> Role {
+        let name = self.event_type.bytes();
+        let holds = |part: &[u8]| name.windows(part.len()).any(|window| window == part);
+        if holds(b"reasoning") {
+            Role::Reasoning
+        } else if holds(b"_call") || holds(b"arguments") {
+            Role::ToolCall
+        } else {
+            Role::Assistant
+        }
+    }
+
+    /// Whether a part is a thought may come after its text.
+    fn awaits_thought(&self, kind: Kind) -> bool {
+        self.schema.style == ApiStyle::Gemini
+            && self.thought.is_none()
+            && matches!(kind, Kind::Spoken | Kind::Assistant)
+    }
+
+    /// The next piece of a scored text.
+    fn text(&mut self, kind: Kind, text: &[u8], body_offset: u64, escape: bool, sink: &mut impl Sink) {
+        let thought = self.thought == Some(true) && matches!(kind, Kind::Spoken | Kind::Assistant);
+        let kind = if thought { Kind::Reasoning } else { kind };
+        let joined =
+            self.is_stream() && self.whole.is_none() && !matches!(kind, Kind::Repeat | Kind::RepeatedCall);
+        let role = self.role_of(kind);
+        let awaits = self.awaits_thought(kind);
+        if joined && !self.direct || !joined && (role.is_none() || awaits) {
+            let call = self.calls.len().saturating_sub(1);
+            let string = self.strings;
+            let piece = Piece { kind, role, joined, call, string, body_offset, len: text.len(), escape };
+            if self.held.push(text, piece) {
+                return;
+            }
+            self.direct |= joined;
+            if awaits {
+                self.thought = Some(false);
+            }
+            if role.is_none() {
+                self.role = Some(self.default_role());
+            }
+            self.release(sink);
+        }
+        let role = self.role_of(kind).unwrap_or_else(|| self.role_of_event());
+        let unit = if joined {
+            let key = self.stream_key(kind, role, self.calls.len().saturating_sub(1));
+            self.open.unit(key, &mut self.ordinals)
+        } else if matches!(kind, Kind::Call | Kind::LegacyCall) {
+            *self.call_unit.get_or_insert_with(|| self.ordinals.next(role))
+        } else {
+            *self.string_unit.get_or_insert_with(|| self.ordinals.next(role))
+        };
+        sink.text(unit, text, body_offset);
+    }
+
+    /// Gives what is held; what no role is known for counts as the message's or the default.
+    fn release(&mut self, sink: &mut impl Sink) {
+        let mut held = mem::take(&mut self.held);
+        let mut last = None;
+        held.drain(|piece, text| {
+            let unit = if piece.joined {
+                let role = piece.role.unwrap_or_else(|| match piece.kind {
+                    Kind::Delta => self.role_of_event(),
+                    _ => self.role.unwrap_or(self.default_role()),
+                });
+                let key = self.stream_key(piece.kind, role, piece.call);
+                self.open.unit(key, &mut self.ordinals)
+            } else {
+                match last {
+                    Some((string, unit)) if string == piece.string => unit,
+                    _ => {
+                        if let Some((_, unit)) = last {
+                            sink.end(unit);
+                        }
+                        let role = piece.role.or(self.role).unwrap_or(self.default_role());
+                        let unit = self.ordinals.next(role);
+                        last = Some((piece.string, unit));
+                        unit
+                    }
+                }
+            };
+            sink.text(unit, text, piece.body_offset);
+        });
+        self.held = held;
+        self.part_from = 0;
+        match last {
+            Some((string, unit)) if string == self.strings && matches!(self.active, Active::Scored(_)) => {
+                self.string_unit = Some(unit);
+            }
+            Some((_, unit)) => sink.end(unit),
+            None => {}
+        }
+    }
+
+    /// The message's role is known or given up: its held texts have it.
+    fn settle(&mut self, role: Role, sink: &mut impl Sink) {
+        self.role = Some(role);
+        for piece in &mut self.held.pieces {
+            if piece.kind == Kind::Spoken {
+                piece.role.get_or_insert(role);
+            }
+        }
+        self.release_whole(sink);
+    }
+
+    /// Outside a stream, what waits for nothing more is given.
+    fn release_whole(&mut self, sink: &mut impl Sink) {
+        if !self.is_stream() && self.held.pieces.iter().all(|piece| piece.role.is_some()) {
+            self.release(sink);
+        }
+    }
+
+    /// Gemini's part is complete: its texts are thoughts or not.
+    fn end_part(&mut self, sink: &mut impl Sink) {
+        let thought = self.thought.take() == Some(true);
+        for piece in self.held.pieces.iter_mut().skip(mem::take(&mut self.part_from)) {
+            if thought && matches!(piece.kind, Kind::Spoken | Kind::Assistant) {
+                (piece.kind, piece.role) = (Kind::Reasoning, Some(Role::Reasoning));
+            }
+        }
+        self.release_whole(sink);
+    }
+
+    /// Settles the choice's and the call's number: a missing `index` is the position.
+    fn stream_key(&mut self, kind: Kind, role: Role, call: usize) -> StreamKey {
+        let choice = *self.choice.get_or_insert(self.choice_position);
+        let part = match (kind, self.calls.get_mut(call)) {
+            (Kind::Call, Some(index)) => *index.get_or_insert(call as u64),
+            _ => self.block.unwrap_or(0),
+        };
+        StreamKey { choice, role, kind, part }
+    }
+
+    fn end_unit(unit: &mut Option<Unit>, sink: &mut impl Sink) {
+        if let Some(unit) = unit.take() {
+            sink.end(unit);
+        }
+    }
+
+    /// An event of a stream is over: nothing of it stays held.
+    fn end_event(&mut self, sink: &mut impl Sink) {
+        self.release(sink);
+        self.calls.clear();
+        (self.choice, self.choice_position, self.block) = (None, 0, None);
+        self.direct = false;
+        self.event_type = Label::default();
+    }
+
+    /// The document or event is over, complete or not: nothing stays held, nothing is half open. `body_bytes`:
+    /// of the body so far.
+    fn close(&mut self, pending_escape: (&[u8], u64), body_bytes: u64, sink: &mut impl Sink) {
+        match self.active {
+            Active::Scored(_) => self.envelope.put(pending_escape.0, pending_escape.1, sink),
+            Active::Blob { skipped, media, .. } => {
+                self.envelope.put(pending_escape.0, pending_escape.1, sink);
+                self.skip(skipped, media, sink);
+            }
+            Active::None | Active::Captured(_) => {}
+        }
+        if let Some(from) = self.numbers_from.take() {
+            self.skip(body_bytes.saturating_sub(from), false, sink);
+        }
+        self.end_part(sink);
+        self.end_event(sink);
+        self.active = Active::None;
+        Self::end_unit(&mut self.string_unit, sink);
+        if let Some((_, unit)) = self.raw.take()
+            && self.call_unit != Some(unit)
+        {
+            sink.end(unit);
+        }
+        Self::end_unit(&mut self.call_unit, sink);
+        (self.role, self.role_given, self.whole) = (None, false, None);
+        self.places.clear();
+        self.slot = Place::Top;
+        self.key_at = None;
+    }
+
+    fn skip(&mut self, bytes: u64, media: bool, sink: &mut impl Sink) {
+        if bytes > 0 {
+            self.summary.skipped_bytes += bytes;
+            self.summary.media += u32::from(media);
+            sink.skipped(ENVELOPE, bytes);
+        }
+    }
+
+    /// A short string is complete.
+    fn captured(&mut self, field: Field, sink: &mut impl Sink) {
+        let label = mem::take(&mut self.captured);
+        match field {
+            Field::Role => {
+                if !mem::replace(&mut self.role_given, true) {
+                    self.settle(Role::of_message(label.bytes()), sink);
+                }
+            }
+            Field::ItemType => {
+                if label.bytes() == b"reasoning" {
+                    self.settle(Role::Reasoning, sink);
+                }
+            }
+            Field::EventType => self.event_type = label,
+            Field::Model => self.summary.model = self.summary.model.or(Some(label)),
+            Field::Finish => self.summary.finish_reason = Some(label),
+        }
+        let last = match field {
+            Field::EventType => matches!(
+                label.bytes(),
+                b"response.completed"
+                    | b"response.incomplete"
+                    | b"response.failed"
+                    | b"message_stop"
+                    | b"message-end"
+                    | b"stream-end"
+            ),
+            // Neither has a last event of its own.
+            Field::Finish => {
+                matches!(
+                    self.schema.style,
+                    ApiStyle::Gemini | ApiStyle::BedrockConverse | ApiStyle::BedrockInvoke
+                )
+            }
+            _ => false,
+        };
+        self.summary.terminated |= last && self.is_stream();
+    }
+}
+
+/// One push: the document with the chunk it is reading.
+struct Pass<'a, S: Sink> {
+    document: &'a mut Document,
+    sink: &'a mut S,
+    chunk: &'a [u8],
+    base: u64,
+    /// First byte of the chunk that the envelope has not got; `None` inside what is cut out.
+    from: Option<usize>,
+}
+
+impl<S: Sink> Pass<'_, S> {
+    /// Gives the envelope (or the unit whose source is being read) the chunk's bytes before `index`. Held text
+    /// is given after it, so that the order of all bytes is the same for every split: who learns from the first
+    /// bytes of a message depends on it.
+    fn give(&mut self, index: usize) {
+        if let Some(from) = self.from {
+            let bytes = self.chunk.get(from..index).unwrap_or_default();
+            let body_offset = self.base + from as u64;
+            match self.document.raw {
+                Some((_, unit)) if !bytes.is_empty() => self.sink.text(unit, bytes, body_offset),
+                Some(_) => {}
+                None => self.document.envelope.put(bytes, body_offset, self.sink),
+            }
+            self.from = Some(index);
+        }
+    }
+
+    /// Cuts what follows `index` out of the envelope.
+    fn cut(&mut self, index: usize) {
+        self.give(index);
+        self.from = None;
+    }
+
+    /// After the bracket at `index` numbers may follow that are counted, not scored.
+    fn numbers_begin(&mut self, index: usize) {
+        if self.document.slot == Place::Vector {
+            self.cut(index + 1);
+            self.document.numbers_from = Some(self.base + index as u64 + 1);
+        }
+    }
+
+    /// Something other than a number stands among those that are skipped.
+    fn numbers_end(&mut self, index: usize) {
+        if let Some(from) = self.document.numbers_from.take() {
+            self.document.skip((self.base + index as u64).saturating_sub(from), false, self.sink);
+            self.from = Some(index);
+        }
+    }
+
+    /// Position in the held envelope of the chunk's byte at `index`.
+    fn position(&self, index: usize) -> usize {
+        self.document.envelope.held() + index.saturating_sub(self.from.unwrap_or(index))
+    }
+
+    fn value_begins(&mut self, index: usize) {
+        let start = self.position(index);
+        self.document.value = (self.document.key_at.take().unwrap_or(start), start);
+    }
+
+    fn value_ends(&mut self, index: usize) {
+        if self.document.is_stream() && self.document.raw.is_none() && self.document.numbers_from.is_none() {
+            let (key, start) = self.document.value;
+            let end = self.position(index);
+            self.document.envelope.value(Value { key, start, end });
+        }
+    }
+
+    /// The next source bytes of a string that may hold base64; `plain` is what they stand for.
+    fn blob(&mut self, source: &[u8], plain: &[u8], body_offset: u64) {
+        let Active::Blob { mut run, keep, mut skipped, media } = self.document.active else { return };
+        let envelope = &mut self.document.envelope;
+        if source.len() != plain.len() {
+            // An escape: PHP writes `\/`, MIME encoders break lines.
+            run = run.filter(|_| matches!(plain, b"/" | b"\n" | b"\r"));
+            if run.is_some_and(|run| run >= keep) {
+                skipped += source.len() as u64;
+            } else {
+                envelope.put(source, body_offset, self.sink);
+            }
+            run = run.map(|run| run + 1);
+        } else {
+            let (mut rest, mut offset) = (source, body_offset);
+            while !rest.is_empty() {
+                let base64 = match run {
+                    Some(_) => rest.iter().take_while(|byte| is_base64(**byte)).count(),
+                    None => 0,
+                };
+                let kept = base64.min(keep.saturating_sub(run.unwrap_or(0)));
+                run = run.map(|run| run + base64);
+                let (media, after) = rest.split_at_checked(base64).unwrap_or((rest, &[]));
+                envelope.put(media.get(..kept).unwrap_or_default(), offset, self.sink);
+                skipped += (base64 - kept) as u64;
+                offset += base64 as u64;
+                // What breaks a run off is given, up to the comma after which another may begin.
+                let other =
+                    after.iter().position(|byte| *byte == b',').map_or(after.len(), |comma| comma + 1);
+                let (other, after) = after.split_at_checked(other).unwrap_or((after, &[]));
+                envelope.put(other, offset, self.sink);
+                offset += other.len() as u64;
+                run = match other.last() {
+                    None => run,
+                    Some(b',') => Some(0),
+                    Some(_) => None,
+                };
+                rest = after;
+            }
+        }
+        self.document.active = Active::Blob { run, keep, skipped, media };
+    }
+}
+
+fn is_base64(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=')
+}
+
+impl<S: Sink> Handler for Pass<'_, S> {
+    fn begin(&mut self, container: Container, index: usize) {
+        self.numbers_end(index);
+        let document = &mut *self.document;
+        document.key_at = None;
+        let slot = document.slot;
+        let place = slot.opened(container);
+        let depth = document.places.len();
+        if let (Place::Raw(kind) | Place::Data(kind), None) = (slot, document.raw) {
+            let unit = match document.role_of(kind).unwrap_or(document.default_role()) {
+                Role::ToolCall => {
+                    *document.call_unit.get_or_insert_with(|| document.ordinals.next(Role::ToolCall))
+                }
+                role => document.ordinals.next(role),
+            };
+            self.give(index);
+            self.document.raw = Some((depth, unit));
+        }
+        let document = &mut *self.document;
+        if document.whole.is_none() && place.is_whole() {
+            document.whole = Some(depth);
+        }
+        if slot == Place::Error {
+            document.summary.provider_error = true;
+        }
+        match place {
+            _ if place.is_message() && container == Container::Object => {
+                // A message inside a message: what the outer one holds is settled.
+                if !document.held.pieces.is_empty() {
+                    let role = document.role.unwrap_or(document.default_role());
+                    self.give(index);
+                    self.document.settle(role, self.sink);
+                }
+                let document = &mut *self.document;
+                let answers = place == Place::Item && document.schema.mode != Mode::Request;
+                document.role = answers.then_some(Role::Assistant);
+                document.role_given = false;
+            }
+            Place::Choices => {
+                document.choice_position = 0;
+                document.choice = None;
+            }
+            Place::Choice => {
+                document.choice = None;
+                document.direct = false;
+                document.calls.clear();
+            }
+            // Only a list has positions.
+            Place::ToolCall { .. }
+                if document.calls.len() < MAX_CALLS
+                    && matches!(document.places.last(), Some(Place::ToolCalls { .. })) =>
+            {
+                document.calls.push(None);
+            }
+            Place::Content(_) if container == Container::Object => {
+                document.thought = None;
+                document.part_from = document.held.pieces.len();
+            }
+            _ => {}
+        }
+        let document = &mut *self.document;
+        if depth == 0 {
+            document.in_list = container == Container::Array;
+        }
+        document.places.push(place);
+        document.slot = if container == Container::Array { place.element() } else { Place::Other };
+        self.numbers_begin(index);
+    }
+
+    fn end(&mut self, container: Container, index: usize) {
+        self.numbers_end(index);
+        let place = self.document.places.pop().unwrap_or(Place::Other);
+        let depth = self.document.places.len();
+        let object = container == Container::Object;
+        if let Some((from, unit)) = self.document.raw
+            && from == depth
+        {
+            self.give(index + 1);
+            self.document.raw = None;
+            if self.document.call_unit != Some(unit) {
+                self.sink.end(unit);
+            }
+        }
+        if object && matches!(place, Place::Content(_)) && self.document.schema.style == ApiStyle::Gemini {
+            self.give(index);
+            self.document.end_part(self.sink);
+        }
+        if object && place.is_message() {
+            if self.document.role.is_none() {
+                self.give(index);
+                let role = self.document.default_role();
+                self.document.settle(role, self.sink);
+            }
+            // What an outer one says after this has no speaker yet.
+            (self.document.role, self.document.role_given) = (None, false);
+        }
+        if object && place.is_call() {
+            Document::end_unit(&mut self.document.call_unit, self.sink);
+        }
+        if self.document.is_stream() {
+            if place == Place::Choice {
+                self.give(index);
+                self.document.release(self.sink);
+                self.document.choice_position += 1;
+            }
+            if self.document.self_framed && object && depth == usize::from(self.document.in_list) {
+                self.give(index + 1);
+                self.document.summary.events += 1;
+                self.document.end_event(self.sink);
+                self.document.envelope.end_event(self.sink);
+            }
+        }
+        let document = &mut *self.document;
+        if document.whole == Some(depth) {
+            document.whole = None;
+        }
+        document.slot = document.places.last().map_or(Place::Top, |place| place.element());
+        self.numbers_begin(index);
+    }
+
+    fn key_begin(&mut self, index: usize) {
+        self.numbers_end(index);
+        self.document.key_at = Some(self.position(index));
+    }
+
+    fn key(&mut self, key: Option<&[u8]>) {
+        let parent = self.document.places.last().copied().unwrap_or(Place::Other);
+        self.document.slot = self.document.schema.child(parent, key);
+    }
+
+    fn string_begin(&mut self, index: usize) -> bool {
+        self.numbers_end(index);
+        self.value_begins(index);
+        let slot = self.document.slot;
+        let blob = |keep, media| Active::Blob { run: Some(0), keep, skipped: 0, media };
+        let active = match slot {
+            Place::Captured(field) => {
+                self.document.captured = Label::default();
+                Active::Captured(field)
+            }
+            Place::Blob { media } => blob(BLOB_SAMPLE_BYTES, media),
+            Place::Data(_) | Place::Media(_) => blob(BLOB_SAMPLE_BYTES, true),
+            Place::Vector => blob(BLOB_SAMPLE_BYTES, false),
+            Place::Padding => blob(0, false),
+            Place::Error => {
+                self.document.summary.provider_error = true;
+                Active::None
+            }
+            _ => slot.scored().map_or(Active::None, Active::Scored),
+        };
+        self.document.active = active;
+        match active {
+            Active::Scored(_) => {
+                self.document.strings += 1;
+                self.cut(index + 1);
+            }
+            Active::Blob { .. } => self.cut(index + 1),
+            Active::None | Active::Captured(_) => {}
+        }
+        active != Active::None
+    }
+
+    fn text(&mut self, run: &[u8], index: usize) {
+        let body_offset = self.base + index as u64;
+        match self.document.active {
+            Active::Scored(kind) => self.document.text(kind, run, body_offset, false, self.sink),
+            Active::Blob { .. } => self.blob(run, run, body_offset),
+            Active::Captured(_) => self.document.captured.push(run),
+            Active::None => {}
+        }
+    }
+
+    fn escape(&mut self, source: &[u8], decoded: &[u8], body_offset: u64) {
+        match self.document.active {
+            Active::Scored(kind) => self.document.text(kind, decoded, body_offset, true, self.sink),
+            Active::Blob { .. } => self.blob(source, decoded, body_offset),
+            Active::Captured(_) => self.document.captured.push(decoded),
+            Active::None => {}
+        }
+    }
+
+    fn string_end(&mut self, index: usize) {
+        self.from = self.from.or(Some(index));
+        let active = mem::replace(&mut self.document.active, Active::None);
+        match active {
+            Active::Scored(_) => return Document::end_unit(&mut self.document.string_unit, self.sink),
+            Active::Captured(field) => {
+                self.give(index);
+                self.document.captured(field, self.sink);
+            }
+            Active::Blob { skipped, media, .. } => self.document.skip(skipped, media, self.sink),
+            Active::None => {}
+        }
+        self.value_ends(index + 1);
+    }
+
+    fn scalar_begin(&mut self, index: usize) {
+        self.value_begins(index);
+    }
+
+    fn scalar_end(&mut self, index: usize, value: Scalar) {
+        self.value_ends(index);
+        let document = &mut *self.document;
+        match (document.slot, value) {
+            (Place::ChoiceIndex, Scalar::Unsigned(index)) => {
+                document.choice.get_or_insert(index);
+            }
+            (Place::BlockIndex, Scalar::Unsigned(index)) => {
+                document.block.get_or_insert(index);
+            }
+            (Place::CallIndex, Scalar::Unsigned(index)) => {
+                if let Some(call) = document.calls.last_mut() {
+                    call.get_or_insert(index);
+                }
+            }
+            (Place::Thought, Scalar::True) => document.thought = Some(true),
+            (Place::Done, Scalar::True) => document.summary.terminated = true,
+            (Place::Tokens(tokens), Scalar::Unsigned(count)) => {
+                let usage = &mut document.summary.usage;
+                let place = match tokens {
+                    Tokens::Input => &mut usage.input_tokens,
+                    Tokens::Output => &mut usage.output_tokens,
+                    Tokens::Total => &mut usage.total_tokens,
+                    Tokens::Cached => &mut usage.cached_tokens,
+                    Tokens::Reasoning => &mut usage.reasoning_tokens,
+                };
+                *place = Some(count);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Reads documents: one, several that follow one another, or the events of a stream one by one.
+#[derive(Debug)]
+pub(super) struct Reader {
+    tokenizer: Tokenizer,
+    pub(super) document: Document,
+    /// End of what was read, in the body.
+    read: u64,
+}
+
+impl Reader {
+    /// For a request or a whole answer (or a batch of them in an array); `many` may follow one another.
+    pub(super) fn whole(schema: Schema, many: bool) -> Self {
+        Self { tokenizer: Tokenizer::new(many), document: Document::new(schema, false), read: 0 }
+    }
+
+    /// For documents that follow one another or are the elements of one array.
+    pub(super) fn self_framed(style: ApiStyle) -> Self {
+        let schema = Schema { style, mode: Mode::Stream };
+        Self { tokenizer: Tokenizer::new(true), document: Document::new(schema, true), read: 0 }
+    }
+
+    /// For events, each ended by [`Reader::end_document`].
+    pub(super) fn by_event(style: ApiStyle) -> Self {
+        let schema = Schema { style, mode: Mode::Stream };
+        Self { tokenizer: Tokenizer::new(false), document: Document::new(schema, false), read: 0 }
+    }
+
+    pub(super) fn is_self_framed(&self) -> bool {
+        self.document.self_framed
+    }
+
+    /// Reads the next bytes. After an error the rest of the body is envelope, from the offending byte on.
+    pub(super) fn push(&mut self, chunk: &[u8], base: u64, sink: &mut impl Sink) {
+        let failed_before = self.tokenizer.error().is_some();
+        let cut = matches!(self.document.active, Active::Scored(_) | Active::Blob { .. })
+            || self.document.numbers_from.is_some();
+        let from = if cut { None } else { Some(0) };
+        let mut pass = Pass { document: &mut self.document, sink, chunk, base, from };
+        let read = self.tokenizer.push(chunk, base, &mut pass);
+        pass.give(read);
+        self.read = base + read as u64;
+        if self.tokenizer.error().is_some() {
+            if !failed_before {
+                self.document.close(self.tokenizer.pending_escape(), self.read, sink);
+            }
+            let rest = chunk.get(read..).unwrap_or_default();
+            self.document.envelope.put(rest, base + read as u64, sink);
+        }
+    }
+
+    /// The document is complete, or what came of it.
+    pub(super) fn end_document(&mut self, sink: &mut impl Sink) -> Result<(), ContentError> {
+        let mut pass = Pass { document: &mut self.document, sink, chunk: &[], base: 0, from: None };
+        let result = self.tokenizer.finish(&mut pass);
+        self.document.close(self.tokenizer.pending_escape(), self.read, sink);
+        result
+    }
+
+    /// The event is complete; another may follow.
+    pub(super) fn end_event(&mut self, sink: &mut impl Sink) -> Result<(), ContentError> {
+        let result = self.end_document(sink);
+        self.tokenizer = Tokenizer::new(false);
+        self.document.summary.events += 1;
+        result
+    }
+
+    /// The body is complete.
+    pub(super) fn finish(&mut self, sink: &mut impl Sink) -> Result<(), ContentError> {
+        let result = self.end_document(sink);
+        self.end_units(sink);
+        result
+    }
+
+    /// Ends what is open over a stream's events.
+    pub(super) fn end_units(&mut self, sink: &mut impl Sink) {
+        for &(_, unit) in &self.document.open.0 {
+            sink.end(unit);
+        }
+        self.document.envelope.finish(sink);
+    }
+}
