@@ -660,7 +660,7 @@ impl<S: Sink> Handler for Pass<'_, S> {
             {
                 document.calls.push(None);
             }
-            Place::Content(_) if container == Container::Object => {
+            Place::Content(_) | Place::Part(_) if container == Container::Object => {
                 document.thought = None;
                 document.part_from = document.held.pieces.len();
             }
@@ -689,7 +689,10 @@ impl<S: Sink> Handler for Pass<'_, S> {
                 self.sink.end(unit);
             }
         }
-        if object && matches!(place, Place::Content(_)) && self.document.schema.style == ApiStyle::Gemini {
+        if object
+            && matches!(place, Place::Content(_) | Place::Part(_))
+            && self.document.schema.style == ApiStyle::Gemini
+        {
             self.give(index);
             self.document.end_part(self.sink);
         }

@@ -87,8 +87,10 @@ pub(crate) enum Place {
     Input,
     Output,
     Item,
-    /// A string, parts, or a list of either.
+    /// A string, an object with parts, or a list of either.
     Content(Kind),
+    /// An element of such a list.
+    Part(Kind),
     /// Content inside an event that repeats what came in pieces.
     RepeatedContent,
     Delta,
@@ -231,7 +233,9 @@ impl Schema {
                 b"choices" => Place::Choices,
                 _ => Place::Other,
             },
-            Place::Content(kind) => self.of_part(kind, key),
+            // Servers with structured output put an object of their own there.
+            Place::Content(_) if matches!(key, b"name" | b"input") => Place::Other,
+            Place::Content(kind) | Place::Part(kind) => self.of_part(kind, key),
             Place::Delta => match key {
                 b"text" => Place::Text(Kind::Assistant),
                 b"partial_json" => Place::Text(Kind::Call),
@@ -486,13 +490,9 @@ impl Place {
             Self::Artifacts => Self::Artifact,
             Self::Output => Self::Item,
             Self::Batch => Self::Inner,
-            same @ (Self::Top
-            | Self::Content(_)
-            | Self::Media(_)
-            | Self::Details
-            | Self::Input
-            | Self::Vector
-            | Self::InRaw) => same,
+            Self::Content(kind) => Self::Part(kind),
+            same
+            @ (Self::Top | Self::Media(_) | Self::Details | Self::Input | Self::Vector | Self::InRaw) => same,
             _ => Self::Other,
         }
     }
@@ -503,6 +503,7 @@ impl Place {
         match self {
             Self::Raw(_) | Self::Data(_) | Self::InRaw => Self::InRaw,
             Self::RepeatedContent => Self::Content(Kind::Repeat),
+            Self::Part(kind) if !object => Self::Content(kind),
             Self::Input if object => Self::Item,
             Self::Messages if object => Self::Message(Kind::Spoken),
             // Cohere streams one call at a time, not in a list.
@@ -511,6 +512,7 @@ impl Place {
             | Self::Input
             | Self::Output
             | Self::Content(_)
+            | Self::Part(_)
             | Self::Media(_)
             | Self::Batch
             | Self::Vector
@@ -543,7 +545,7 @@ impl Place {
     /// What a string at this place is scored as.
     pub(crate) fn scored(self) -> Option<Kind> {
         match self {
-            Self::Text(kind) | Self::Content(kind) | Self::Raw(kind) => Some(kind),
+            Self::Text(kind) | Self::Content(kind) | Self::Part(kind) | Self::Raw(kind) => Some(kind),
             Self::Input => Some(Kind::User),
             Self::Output => Some(Kind::Assistant),
             Self::Delta => Some(Kind::Delta),
@@ -581,7 +583,7 @@ impl Place {
                 | Self::Function { .. }
                 | Self::Item
                 | Self::Params
-                | Self::Content(_)
+                | Self::Part(_)
         )
     }
 }
