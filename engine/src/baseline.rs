@@ -39,6 +39,13 @@ use crate::score::{UnitScorer, UnitScores};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Digest(pub [u8; 32]);
 
+impl Digest {
+    /// The digest of any bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(Sha256::digest(bytes).into())
+    }
+}
+
 impl core::fmt::Display for Digest {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -305,7 +312,7 @@ impl StreamBaseline {
     fn seal(&mut self) {
         let mut section = Vec::new();
         self.encode(&mut section);
-        self.digest = sha256(&section);
+        self.digest = Digest::of(&section);
     }
 
     fn encode(&self, out: &mut Vec<u8>) {
@@ -333,10 +340,6 @@ fn put_name(out: &mut Vec<u8>, name: &str) {
     let len = name.len().min(usize::from(u16::MAX)) as u16;
     out.extend_from_slice(&len.to_le_bytes());
     out.extend_from_slice(name.as_bytes().get(..usize::from(len)).unwrap_or_default());
-}
-
-fn sha256(bytes: &[u8]) -> Digest {
-    Digest(Sha256::digest(bytes).into())
 }
 
 /// A set of stream baselines, as it is stored and shipped.
@@ -432,7 +435,7 @@ impl Snapshot {
         for stream in &self.streams {
             stream.encode(&mut out);
         }
-        let digest = sha256(&out);
+        let digest = Digest::of(&out);
         out.extend_from_slice(&digest.0);
         out
     }
@@ -454,7 +457,7 @@ impl Snapshot {
         let split = bytes.len().checked_sub(DIGEST_BYTES).ok_or(SnapshotError::Length(bytes.len()))?;
         let (content, stated) = bytes.split_at(split);
         let stated = Digest(stated.try_into().unwrap_or_default());
-        let found = sha256(content);
+        let found = Digest::of(content);
         if found != stated {
             return Err(SnapshotError::Damaged { found, stated });
         }
@@ -543,7 +546,7 @@ impl<'a> Reader<'a> {
             return Err(SnapshotError::Unsorted(self.at));
         }
         let calibration = Calibration::new(statistics);
-        let digest = sha256(self.bytes.get(start..self.at).unwrap_or_default());
+        let digest = Digest::of(self.bytes.get(start..self.at).unwrap_or_default());
         Ok(StreamBaseline { stream, messages, units, calibration, digest })
     }
 
@@ -634,7 +637,7 @@ mod tests {
     }
 
     fn resealed(mut content: Vec<u8>) -> Vec<u8> {
-        let digest = sha256(&content);
+        let digest = Digest::of(&content);
         content.extend_from_slice(&digest.0);
         content
     }

@@ -25,7 +25,7 @@ use alloc::vec::Vec;
 
 use crate::ENGINE_VERSION;
 use crate::baseline::{
-    Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit, UnitBaseline,
+    Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit, UnitBaseline,
 };
 use crate::calibrate::{UNSEEN_UNIT, messages_for_alpha};
 use crate::evidence::{self, MAX_UNITS, Metrics, Outcome, Scores, Span, UnitSummary, Verdict};
@@ -124,6 +124,8 @@ pub struct Detector {
     settings: Settings,
     streams: BTreeMap<String, Stream>,
     overflowed: u64,
+    /// Baselines learned here that nobody has asked for yet.
+    learned: Vec<Arc<StreamBaseline>>,
 }
 
 #[derive(Debug)]
@@ -200,7 +202,7 @@ impl Detector {
             .into_iter()
             .map(|baseline| (baseline.stream().to_owned(), Stream::Frozen(Arc::new(baseline))))
             .collect();
-        Self { settings, streams, overflowed: 0 }
+        Self { settings, streams, overflowed: 0, learned: Vec::new() }
     }
 
     /// Has `stream` learn by a plan of its own, from nothing. For training offline, where the number of
@@ -232,6 +234,25 @@ impl Detector {
             Stream::Frozen(baseline) => Some(StreamBaseline::clone(baseline)),
             _ => None,
         }))
+    }
+
+    /// Baselines whose learning has ended here since the last call, to be shared with others.
+    pub fn take_learned(&mut self) -> Vec<Arc<StreamBaseline>> {
+        core::mem::take(&mut self.learned)
+    }
+
+    /// The digest of the baseline that `stream` is judged by, if it is frozen.
+    pub fn digest(&self, stream: &str) -> Option<Digest> {
+        match self.streams.get(stream) {
+            Some(Stream::Frozen(baseline)) => Some(baseline.digest()),
+            _ => None,
+        }
+    }
+
+    /// Judges a stream by `baseline` from now on, whatever it had; messages under way keep what they began
+    /// with. The caller bounds how many streams it brings.
+    pub fn adopt(&mut self, baseline: Arc<StreamBaseline>) {
+        self.streams.insert(baseline.stream().to_owned(), Stream::Frozen(baseline));
     }
 
     /// Begins a message on `stream`.
@@ -385,7 +406,9 @@ impl Detector {
         if statistics.len() >= plan.calibrate as usize {
             let mut baseline = StreamBaseline::clone(baseline);
             baseline.calibrate(core::mem::take(statistics));
-            *stream = Stream::Frozen(Arc::new(baseline));
+            let baseline = Arc::new(baseline);
+            self.learned.push(Arc::clone(&baseline));
+            *stream = Stream::Frozen(baseline);
         }
         progress
     }

@@ -8,6 +8,9 @@
 //!
 //! Left out on purpose: every call that the filter does not make.
 
+use std::time::Duration;
+
+use driftlock_inspect::baselines::Call;
 use driftlock_inspect::host::HostError;
 
 /// `proxy_map_type_t`.
@@ -18,6 +21,8 @@ pub(crate) enum MapType {
     RequestHeaders = 0,
     /// Response headers.
     ResponseHeaders = 2,
+    /// Headers of the answer to a call of ours.
+    CallAnswer = 6,
 }
 
 /// `proxy_buffer_type_t`.
@@ -28,6 +33,8 @@ pub(crate) enum BufferType {
     RequestBody = 0,
     /// Response body.
     ResponseBody = 1,
+    /// Body of the answer to a call of ours.
+    CallResponseBody = 4,
     /// Plugin configuration.
     PluginConfiguration = 7,
 }
@@ -64,6 +71,23 @@ unsafe extern "C" {
         value_size: usize,
     ) -> u32;
     fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
+    fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> u32;
+    fn proxy_get_shared_data(
+        key: *const u8,
+        key_size: usize,
+        data: *mut *mut u8,
+        size: *mut usize,
+        cas: *mut u32,
+    ) -> u32;
+    fn proxy_set_shared_data(
+        key: *const u8,
+        key_size: usize,
+        value: *const u8,
+        value_size: usize,
+        cas: u32,
+    ) -> u32;
+    fn proxy_get_current_time_nanoseconds(time: *mut u64) -> u32;
+    fn proxy_set_tick_period_milliseconds(period: u32) -> u32;
     fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> u32;
     fn proxy_define_metric(kind: u32, name: *const u8, size: usize, id: *mut u32) -> u32;
     fn proxy_increment_metric(id: u32, by: i64) -> u32;
@@ -133,6 +157,55 @@ pub(crate) fn remove_header(map: MapType, name: &str) -> Result<(), HostError> {
         NOT_FOUND => Ok(()),
         status => checked(status),
     }
+}
+
+/// `path` has a NUL between its elements.
+pub(crate) fn property(path: &str) -> Result<Option<Vec<u8>>, HostError> {
+    let (mut data, mut size) = (core::ptr::null_mut(), 0);
+    // SAFETY: the path is a live slice, both out-pointers are live locals of the right type.
+    match unsafe { proxy_get_property(path.as_ptr(), path.len(), &mut data, &mut size) } {
+        NOT_FOUND => Ok(None),
+        status => checked(status).map(|()| Some(owned(data, size))),
+    }
+}
+
+/// A shared value and its compare-and-swap number.
+pub(crate) fn shared(key: &str) -> Result<Option<(Vec<u8>, u32)>, HostError> {
+    let (mut data, mut size, mut cas) = (core::ptr::null_mut(), 0, 0);
+    // SAFETY: the key is a live slice, the out-pointers are live locals of the right type.
+    match unsafe { proxy_get_shared_data(key.as_ptr(), key.len(), &mut data, &mut size, &mut cas) } {
+        NOT_FOUND => Ok(None),
+        status => checked(status).map(|()| Some((owned(data, size), cas))),
+    }
+}
+
+pub(crate) fn set_shared(key: &str, value: &[u8], cas: u32) -> Result<(), HostError> {
+    // SAFETY: pointers and lengths are of live slices, which the host only reads.
+    checked(unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), cas) })
+}
+
+/// The proxy's clock; 0 if it has none.
+pub(crate) fn now_ns() -> u64 {
+    let mut time = 0;
+    // SAFETY: the out-pointer is a live local of the right type.
+    match checked(unsafe { proxy_get_current_time_nanoseconds(&mut time) }) {
+        Ok(()) => time,
+        Err(_) => 0,
+    }
+}
+
+pub(crate) fn tick_every(milliseconds: u32) -> Result<(), HostError> {
+    // SAFETY: takes no pointers.
+    checked(unsafe { proxy_set_tick_period_milliseconds(milliseconds) })
+}
+
+/// Through the SDK, whose dispatcher hands out answers to the calls it knows only. It panics on statuses
+/// that are neither BadArgument nor InternalFailure; Envoy and Driftlock's host give no others.
+pub(crate) fn call(call: &Call<'_>) -> Result<u32, HostError> {
+    let timeout = Duration::from_millis(u64::from(call.timeout_ms));
+    let body = (!call.body.is_empty()).then_some(call.body);
+    proxy_wasm::hostcalls::dispatch_http_call(call.cluster, call.headers.to_vec(), body, Vec::new(), timeout)
+        .map_err(|status| HostError(status as u32))
 }
 
 /// `path` is one element: a NUL inside it would split it.

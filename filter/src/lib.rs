@@ -14,6 +14,7 @@ mod hostcall;
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use driftlock_inspect::baselines::{Answer, Call, Services, TICK_MS};
 use driftlock_inspect::host::{Direction, Host, HostError, Level, METRIC_NAMES, Metric};
 use driftlock_inspect::session::{Exchange, Plugin, Step};
 use hostcall::{BufferType, MapType};
@@ -40,7 +41,28 @@ struct Root {
     counters: Rc<Counters>,
 }
 
-impl Context for Root {}
+impl Root {
+    /// Runs `work` with the plugin. Streams do not run meanwhile, so it is free.
+    fn with(&mut self, work: impl FnOnce(&mut Plugin, &mut Proxy)) {
+        let mut proxy = Proxy { counters: Rc::clone(&self.counters) };
+        if let Some(mut plugin) = self.plugin.as_ref().and_then(|plugin| plugin.try_borrow_mut().ok()) {
+            work(&mut plugin, &mut proxy);
+        }
+    }
+}
+
+impl Context for Root {
+    fn on_http_call_response(&mut self, token: u32, _headers: usize, body: usize, _trailers: usize) {
+        // Without a response there are no headers to ask for.
+        let status = hostcall::header(MapType::CallAnswer, ":status").ok().flatten();
+        let status = status.and_then(|status| std::str::from_utf8(&status).ok()?.parse().ok());
+        let body = self::body(BufferType::CallResponseBody, 0, body);
+        // A body that cannot be read is as good as none.
+        let answer =
+            Answer { status: status.filter(|_| body.is_ok()), body: body.as_deref().unwrap_or_default() };
+        self.with(|plugin, proxy| plugin.answered(token, answer, hostcall::now_ns(), proxy));
+    }
+}
 
 impl RootContext for Root {
     fn on_configure(&mut self, size: usize) -> bool {
@@ -50,7 +72,15 @@ impl RootContext for Root {
         match configured {
             Ok(plugin) => {
                 self.counters = Rc::new(METRIC_NAMES.map(|name| hostcall::define_counter(name).ok()));
+                let ticks = plugin.needs_ticks();
                 self.plugin = Some(Rc::new(RefCell::new(plugin)));
+                let node = hostcall::property("node\0id").ok().flatten().unwrap_or_default();
+                self.with(|plugin, proxy| {
+                    plugin.start(&String::from_utf8_lossy(&node), proxy);
+                    if ticks && hostcall::tick_every(TICK_MS).is_err() {
+                        Host::count(proxy, Metric::HostCallErrors, 1);
+                    }
+                });
                 true
             }
             Err(reason) => {
@@ -58,6 +88,10 @@ impl RootContext for Root {
                 false
             }
         }
+    }
+
+    fn on_tick(&mut self) {
+        self.with(|plugin, proxy| plugin.tick(hostcall::now_ns(), proxy));
     }
 
     fn create_http_context(&self, _context_id: u32) -> Option<Box<dyn HttpContext>> {
@@ -87,10 +121,14 @@ impl Stream {
     fn with(&mut self, callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step) -> Step {
         let Some(plugin) = &self.plugin else { return Step::Forward };
         match plugin.try_borrow_mut() {
-            Ok(mut plugin) => callback(&mut self.exchange, &mut plugin, &mut self.host),
+            Ok(mut plugin) => {
+                let step = callback(&mut self.exchange, &mut plugin, &mut self.host);
+                plugin.settle(&mut self.host);
+                step
+            }
             // Callbacks do not nest, so this is the host's fault; count it, do not stop the traffic.
             Err(_) => {
-                self.host.count(Metric::HostCallErrors, 1);
+                Host::count(&mut self.host, Metric::HostCallErrors, 1);
                 Step::Forward
             }
         }
@@ -212,5 +250,27 @@ impl Host for Proxy {
             Level::Error => 4,
         };
         hostcall::log(level, line);
+    }
+}
+
+impl Services for Proxy {
+    fn shared(&self, key: &str) -> Result<Option<(Vec<u8>, u32)>, HostError> {
+        hostcall::shared(key)
+    }
+
+    fn set_shared(&mut self, key: &str, value: &[u8], cas: u32) -> Result<(), HostError> {
+        hostcall::set_shared(key, value, cas)
+    }
+
+    fn call(&mut self, call: Call<'_>) -> Result<u32, HostError> {
+        hostcall::call(&call)
+    }
+
+    fn count(&mut self, metric: Metric, by: u64) {
+        Host::count(self, metric, by);
+    }
+
+    fn log(&mut self, level: Level, line: &str) {
+        Host::log(self, level, line);
     }
 }

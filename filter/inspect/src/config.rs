@@ -19,6 +19,9 @@ use driftlock_engine::calibrate::messages_for_alpha;
 use driftlock_engine::detector::{LearningPlan, PlanError, Settings};
 use serde::Deserialize;
 
+use crate::baselines::Supply;
+use crate::baselines::outbox::PostTo;
+use crate::baselines::pull::PullFrom;
 use crate::exclude::{Exclusion, ExclusionError, Exclusions};
 
 /// The parsed, checked configuration.
@@ -30,6 +33,8 @@ pub struct Config {
     pub settings: Settings,
     /// Baselines given inline.
     pub snapshot: Snapshot,
+    /// Where further baselines come from, and where observations go.
+    pub supply: Supply,
     /// Most bytes of one body that are inspected; a longer one is `not_inspected` with reason `size`.
     pub max_body_bytes: u64,
     /// Most decoded bytes for each encoded one; see [`crate::decode`].
@@ -126,7 +131,7 @@ pub enum ConfigError {
     },
     /// Neither a baseline (or one without a stream) nor learning.
     #[error(
-        "plugin configuration: learn is null and there is no baseline with a stream, so nothing could ever be judged; give one of them"
+        "plugin configuration: learn is null and there is neither a baseline with a stream nor a pull, so nothing could ever be judged; give one of them"
     )]
     Nothing,
     /// The baseline is that of another name, so it would judge nothing.
@@ -148,6 +153,16 @@ pub enum ConfigError {
         value: u64,
         /// What it may say at least.
         least: u64,
+    },
+    /// A field of `pull` or `observations` that makes no call.
+    #[error("plugin configuration, at {field}: {value:?} is not {expected}")]
+    Call {
+        /// Path to the field.
+        field: String,
+        /// What it says.
+        value: String,
+        /// What it should be.
+        expected: &'static str,
     },
     /// An exclusion that says nothing, or too much.
     #[error("plugin configuration, at exclude[{index}]: {error}")]
@@ -171,6 +186,9 @@ struct Document {
     #[serde(deserialize_with = "present")]
     learn: Option<Option<Learn>>,
     baseline: Option<String>,
+    share: bool,
+    pull: Option<PullText>,
+    observations: Option<PostText>,
     exclude: Vec<Exclusion>,
     limits: Limits,
     uninspectable: Uninspectable,
@@ -181,6 +199,74 @@ struct Document {
 #[serde(deny_unknown_fields)]
 struct Learn {
     messages: u32,
+}
+
+/// `pull`: [`PullFrom`], as written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PullText {
+    cluster: String,
+    #[serde(default = "default_authority")]
+    authority: String,
+    #[serde(default = "default_snapshots")]
+    path: String,
+    #[serde(default)]
+    sha256: Option<String>,
+    #[serde(default = "default_interval_s")]
+    interval_s: u32,
+    #[serde(default = "default_timeout_ms")]
+    timeout_ms: u32,
+    #[serde(default = "default_snapshot_bytes")]
+    max_bytes: usize,
+}
+
+/// `observations`: [`PostTo`], as written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PostText {
+    cluster: String,
+    #[serde(default = "default_authority")]
+    authority: String,
+    #[serde(default = "default_observations")]
+    path: String,
+    #[serde(default = "default_timeout_ms")]
+    timeout_ms: u32,
+    #[serde(default = "default_batch_bytes")]
+    max_batch_bytes: usize,
+    #[serde(default = "default_pending_bytes")]
+    max_pending_bytes: usize,
+}
+
+fn default_authority() -> String {
+    "driftlock".to_string()
+}
+
+fn default_snapshots() -> String {
+    "/v1/snapshots".to_string()
+}
+
+fn default_observations() -> String {
+    "/v1/observations".to_string()
+}
+
+fn default_interval_s() -> u32 {
+    60
+}
+
+fn default_timeout_ms() -> u32 {
+    5000
+}
+
+fn default_snapshot_bytes() -> usize {
+    32 << 20
+}
+
+fn default_batch_bytes() -> usize {
+    256 << 10
+}
+
+fn default_pending_bytes() -> usize {
+    1 << 20
 }
 
 /// Tells a null from an absent field.
@@ -210,6 +296,9 @@ impl Default for Document {
             alpha: 0.002,
             learn: None,
             baseline: None,
+            share: true,
+            pull: None,
+            observations: None,
             exclude: Vec::new(),
             limits: Limits::default(),
             uninspectable: Uninspectable::default(),
@@ -265,6 +354,81 @@ impl Config {
     }
 }
 
+/// Whether a snapshot's streams are those of a configuration with this name, and can reach its alpha.
+///
+/// # Errors
+/// [`ConfigError::OtherName`] or [`ConfigError::AlphaOutOfReach`].
+pub fn check_snapshot(name: &str, alpha_ppm: u32, snapshot: &Snapshot) -> Result<(), ConfigError> {
+    let prefix = format!("{name}/");
+    for baseline in snapshot.streams() {
+        let stream = baseline.stream().to_string();
+        if !stream.starts_with(&prefix) {
+            return Err(ConfigError::OtherName { name: name.to_string(), stream });
+        }
+        let calibrated = baseline.calibration().statistics().len();
+        if calibrated < messages_for_alpha(alpha_ppm) as usize {
+            let least = 1.0 / (calibrated as f64 + 1.0);
+            return Err(ConfigError::AlphaOutOfReach { stream, calibrated, least });
+        }
+    }
+    Ok(())
+}
+
+fn at_least(field: &'static str, value: u64, least: u64) -> Result<(), ConfigError> {
+    if value < least { Err(ConfigError::TooSmall { field, value, least }) } else { Ok(()) }
+}
+
+/// Checks a text that a call is made of.
+fn check_call(
+    field: &'static str,
+    value: &str,
+    expected: &'static str,
+    good: impl Fn(&str) -> bool,
+) -> Result<(), ConfigError> {
+    let visible = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic());
+    if visible && good(value) {
+        return Ok(());
+    }
+    Err(ConfigError::Call { field: field.to_string(), value: value.to_string(), expected })
+}
+
+const CLUSTER: &str = "the name of a cluster";
+const AUTHORITY: &str = "the name of a host";
+const PATH: &str = "a path that begins with /";
+
+impl PullText {
+    fn check(self) -> Result<PullFrom, ConfigError> {
+        let Self { cluster, authority, path, sha256, interval_s, timeout_ms, max_bytes } = self;
+        check_call("pull.cluster", &cluster, CLUSTER, |_| true)?;
+        check_call("pull.authority", &authority, AUTHORITY, |_| true)?;
+        check_call("pull.path", &path, PATH, |path| path.starts_with('/'))?;
+        at_least("pull.timeout_ms", u64::from(timeout_ms), 1)?;
+        at_least("pull.interval_s", u64::from(interval_s), 1)?;
+        at_least("pull.max_bytes", max_bytes as u64, 64 << 10)?;
+        let sha256 = sha256.map(|digest| digest.to_ascii_lowercase());
+        if let Some(digest) = &sha256 {
+            let hex =
+                |digest: &str| digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
+            check_call("pull.sha256", digest, "64 hexadecimal digits", hex)?;
+        }
+        let path = path.trim_end_matches('/').to_string();
+        Ok(PullFrom { cluster, authority, path, sha256, interval_s, timeout_ms, max_bytes })
+    }
+}
+
+impl PostText {
+    fn check(self) -> Result<PostTo, ConfigError> {
+        let Self { cluster, authority, path, timeout_ms, max_batch_bytes, max_pending_bytes } = self;
+        check_call("observations.cluster", &cluster, CLUSTER, |_| true)?;
+        check_call("observations.authority", &authority, AUTHORITY, |_| true)?;
+        check_call("observations.path", &path, PATH, |path| path.starts_with('/'))?;
+        at_least("observations.timeout_ms", u64::from(timeout_ms), 1)?;
+        at_least("observations.max_batch_bytes", max_batch_bytes as u64, 4 << 10)?;
+        at_least("observations.max_pending_bytes", max_pending_bytes as u64, max_batch_bytes as u64)?;
+        Ok(PostTo { cluster, authority, path, timeout_ms, max_batch_bytes, max_pending_bytes })
+    }
+}
+
 impl Document {
     fn check(self) -> Result<Config, ConfigError> {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
@@ -286,12 +450,11 @@ impl Document {
             ("limits.max_table_bytes", limits.max_table_bytes as u64, 32 << 10),
             ("limits.max_learned_unit_bytes", limits.max_learned_unit_bytes as u64, 64),
         ] {
-            if value < least {
-                return Err(ConfigError::TooSmall { field, value, least });
-            }
+            at_least(field, value, least)?;
         }
         // What an operator trained is not taught anything new by the traffic.
-        let default = || self.baseline.is_none().then_some(Learn { messages: DEFAULT_LEARNED_MESSAGES });
+        let given = self.baseline.is_some() || self.pull.is_some();
+        let default = || (!given).then_some(Learn { messages: DEFAULT_LEARNED_MESSAGES });
         let learning = match &self.learn.unwrap_or_else(default) {
             Some(learn) => Some(LearningPlan::new(learn.messages, alpha_ppm).map_err(ConfigError::Plan)?),
             None => None,
@@ -304,23 +467,15 @@ impl Document {
             }
             None => Snapshot::default(),
         };
-        if learning.is_none() && snapshot.streams().is_empty() {
+        if learning.is_none() && snapshot.streams().is_empty() && self.pull.is_none() {
             return Err(ConfigError::Nothing);
         }
-        let prefix = format!("{}/", self.name);
-        if let Some(other) =
-            snapshot.streams().iter().find(|baseline| !baseline.stream().starts_with(&prefix))
-        {
-            return Err(ConfigError::OtherName { name: self.name, stream: other.stream().to_string() });
-        }
-        for baseline in snapshot.streams() {
-            let calibrated = baseline.calibration().statistics().len();
-            if calibrated < messages_for_alpha(alpha_ppm) as usize {
-                let least = 1.0 / (calibrated as f64 + 1.0);
-                let stream = baseline.stream().to_string();
-                return Err(ConfigError::AlphaOutOfReach { stream, calibrated, least });
-            }
-        }
+        check_snapshot(&self.name, alpha_ppm, &snapshot)?;
+        let supply = Supply {
+            share: self.share,
+            pull: self.pull.map(PullText::check).transpose()?,
+            observations: self.observations.map(PostText::check).transpose()?,
+        };
         let exclusions = Exclusions::new(self.exclude)
             .map_err(|(index, error)| ConfigError::Exclusion { index, error })?;
         Ok(Config {
@@ -337,6 +492,7 @@ impl Document {
                 max_streams: limits.max_streams,
             },
             snapshot,
+            supply,
             max_body_bytes: limits.max_body_bytes,
             max_decoded_ratio: limits.max_decoded_ratio,
             max_decoder_bytes: limits.max_decoder_bytes,
@@ -367,7 +523,11 @@ mod tests {
     fn every_knob_reaches_the_settings() {
         let config = Config::parse(
             br#"{"name": "edge", "alpha": 0.01, "learn": {"messages": 400}, "uninspectable": "refuse",
-                 "exclude": [{"path": "/healthz"}],
+                 "exclude": [{"path": "/healthz"}], "share": false,
+                 "pull": {"cluster": "c", "authority": "a", "path": "/s/", "sha256": null, "interval_s": 2,
+                          "timeout_ms": 3, "max_bytes": 65536},
+                 "observations": {"cluster": "d", "authority": "b", "path": "/o", "timeout_ms": 4,
+                                  "max_batch_bytes": 4096, "max_pending_bytes": 8192},
                  "limits": {"max_decoded_ratio": 10, "max_decoder_bytes": 65536, "max_body_bytes": 2048, "max_streams": 2, "max_ngrams": 4096, "max_table_bytes": 65536,
                             "max_learned_unit_bytes": 100},
                  "report": {"response_headers": false, "filter_state": false, "log": "always"}}"#,
@@ -378,6 +538,24 @@ mod tests {
         assert_eq!((config.max_body_bytes, config.settings.max_streams), (2048, 2));
         assert_eq!((config.max_decoded_ratio, config.max_decoder_bytes), (10, 65536));
         assert_ne!(config.exclusions, Exclusions::default());
+        let pull = PullFrom {
+            cluster: "c".to_string(),
+            authority: "a".to_string(),
+            path: "/s".to_string(),
+            sha256: None,
+            interval_s: 2,
+            timeout_ms: 3,
+            max_bytes: 65536,
+        };
+        let post = PostTo {
+            cluster: "d".to_string(),
+            authority: "b".to_string(),
+            path: "/o".to_string(),
+            timeout_ms: 4,
+            max_batch_bytes: 4096,
+            max_pending_bytes: 8192,
+        };
+        assert_eq!(config.supply, Supply { share: false, pull: Some(pull), observations: Some(post) });
         let training = config.settings.training;
         assert_eq!(
             (training.max_ngrams, training.max_table_bytes, training.max_unit_bytes),
@@ -402,6 +580,16 @@ mod tests {
             (r#"{"limits": {"max_body_bytes": 5}}"#, ["limits.max_body_bytes", "1024"]),
             (r#"{"limits": {"max_decoder_bytes": 5}}"#, ["limits.max_decoder_bytes", "65536"]),
             (r#"{"name": "a/b"}"#, ["name", "a/b"]),
+            (r#"{"pull": {}}"#, ["pull", "missing field `cluster`"]),
+            (r#"{"pull": {"cluster": "c d"}}"#, ["pull.cluster", "c d"]),
+            (r#"{"pull": {"cluster": "c", "path": "v1"}}"#, ["pull.path", "v1"]),
+            (r#"{"pull": {"cluster": "c", "sha256": "12"}}"#, ["pull.sha256", "64 hexadecimal"]),
+            (r#"{"pull": {"cluster": "c", "interval_s": 0}}"#, ["pull.interval_s", "less than 1"]),
+            (r#"{"observations": {"cluster": "c", "timeout_ms": 0}}"#, ["observations.timeout_ms", "1"]),
+            (
+                r#"{"observations": {"cluster": "c", "max_pending_bytes": 5000}}"#,
+                ["observations.max_pending_bytes", "262144"],
+            ),
             (r#"{"exclude": [{"path": "/a"}, {}]}"#, ["exclude[1]", "names nothing"]),
             (r#"{"exclude": [{"paht": "/a"}]}"#, ["exclude[0].paht", "unknown field"]),
             (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),

@@ -66,11 +66,18 @@ pub enum Metric {
     Refused,
     BytesInspected,
     BytesSkipped,
+    BaselinesShared,
+    BaselinesAdopted,
+    BaselinesPulled,
+    BaselinePullFailures,
+    ObservationsSent,
+    ObservationsDropped,
+    ErrorBaseline,
     HostCallErrors,
 }
 
 /// Names of the counters, by [`Metric`].
-pub const METRIC_NAMES: [&str; 20] = [
+pub const METRIC_NAMES: [&str; 27] = [
     "driftlock.messages.request.normal",
     "driftlock.messages.request.warming_up",
     "driftlock.messages.request.not_inspected",
@@ -90,6 +97,13 @@ pub const METRIC_NAMES: [&str; 20] = [
     "driftlock.refused",
     "driftlock.bytes.inspected",
     "driftlock.bytes.skipped",
+    "driftlock.baselines.shared",
+    "driftlock.baselines.adopted",
+    "driftlock.baselines.pulled",
+    "driftlock.baselines.pull_failures",
+    "driftlock.observations.sent",
+    "driftlock.observations.dropped",
+    "driftlock.errors.baseline",
     "driftlock.errors.host_call",
 ];
 

@@ -16,6 +16,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod baselines;
 pub mod config;
 pub mod content;
 pub mod decode;

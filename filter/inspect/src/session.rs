@@ -22,6 +22,7 @@ use core::ops::ControlFlow;
 use driftlock_engine::detector::{Detector, Message, UnitId};
 use driftlock_engine::evidence::{Outcome, Verdict};
 
+use crate::baselines::{Answer, Keeper, Services};
 use crate::config::{Config, ConfigError, LogPolicy, Report, Uninspectable};
 use crate::content::{ApiStyle, BodyParser, ContentError, NotInspected, Role, Sink, Unit};
 use crate::decode::{self, Coding, DecodeError, Decoder};
@@ -55,6 +56,7 @@ pub struct Plugin {
     decoding: decode::Limits,
     exclusions: Exclusions,
     detector: Detector,
+    keeper: Keeper,
 }
 
 /// What the proxy shall do with the bytes of this callback.
@@ -198,6 +200,7 @@ impl Plugin {
 
     /// From a checked configuration.
     pub fn new(config: Config) -> Self {
+        let keeper = Keeper::new(&config.name, &config.settings, &config.supply);
         Self {
             name: config.name,
             report: config.report,
@@ -210,12 +213,42 @@ impl Plugin {
             },
             exclusions: config.exclusions,
             detector: Detector::new(config.settings, config.snapshot),
+            keeper,
         }
     }
 
     /// The streams and what they learned.
     pub fn detector(&self) -> &Detector {
         &self.detector
+    }
+
+    /// Whether [`Self::tick`] has any use; then every [`baselines::TICK_MS`](crate::baselines::TICK_MS).
+    pub fn needs_ticks(&self) -> bool {
+        self.keeper.needs_ticks()
+    }
+
+    /// The VM has been configured. `node` tells this proxy from others.
+    pub fn start(&mut self, node: &str, services: &mut impl Services) {
+        self.keeper.start(node, &mut self.detector, services);
+    }
+
+    /// Time passes; `now_ns` counts from any moment.
+    pub fn tick(&mut self, now_ns: u64, services: &mut impl Services) {
+        self.keeper.tick(now_ns, &mut self.detector, services);
+    }
+
+    /// The answer to a call of the keeper's.
+    pub fn answered(&mut self, token: u32, answer: Answer<'_>, now_ns: u64, services: &mut impl Services) {
+        self.keeper.answered(token, answer, now_ns, &mut self.detector, services);
+    }
+
+    /// To be called after every callback of an exchange: shares what has been learned in it, so that no
+    /// other VM judges the same stream by another baseline.
+    pub fn settle(&mut self, services: &mut impl Services) {
+        let learned = self.detector.take_learned();
+        if !learned.is_empty() {
+            self.keeper.learned(learned, &mut self.detector, services);
+        }
     }
 
     /// The same, to set a stream's plan.
@@ -619,7 +652,13 @@ impl Exchange {
         Step::Answered
     }
 
-    fn publish(&mut self, plugin: &Plugin, host: &mut impl Host, verdict: &Verdict, direction: Direction) {
+    fn publish(
+        &mut self,
+        plugin: &mut Plugin,
+        host: &mut impl Host,
+        verdict: &Verdict,
+        direction: Direction,
+    ) {
         self.worst = self.worst.max(Some(verdict.outcome));
         // What the operator excluded is no news.
         let disabled = verdict.reason.as_deref() == Some(DISABLED);
@@ -629,7 +668,8 @@ impl Exchange {
             LogPolicy::Flagged => flagged,
             LogPolicy::Always => true,
         };
-        if !logged && !plugin.report.filter_state {
+        let observed = plugin.keeper.outbox().filter(|_| !disabled);
+        if !logged && !plugin.report.filter_state && observed.is_none() {
             return;
         }
         let json = match serde_json::to_string(verdict) {
@@ -639,6 +679,9 @@ impl Exchange {
                 return;
             }
         };
+        if let Some(outbox) = observed {
+            outbox.push(direction.as_str(), &json);
+        }
         if plugin.report.filter_state {
             let key = match direction {
                 Direction::Request => filter_state::REQUEST,
