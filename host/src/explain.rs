@@ -133,9 +133,9 @@ pub fn run(args: &Args) -> Result<(), ExplainError> {
     let config = Config::parse(&configuration)?;
     let snapshot = config.snapshot.clone();
     let mut plugin = Plugin::new(config);
-    for row in capture::open(&args.file)? {
-        let exchange = match row.and_then(capture::Row::into_exchange) {
-            Ok(exchange) => exchange,
+    for recorded in capture::exchanges(&args.file)? {
+        let exchange = match recorded {
+            Ok(recorded) => recorded.exchange,
             Err(error) => {
                 tracing::warn!("{error}");
                 continue;

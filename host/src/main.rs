@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use driftlock_host::{demo, eval, explain, gateway, replay, synth, train};
+use driftlock_host::{capture, demo, eval, explain, gateway, replay, synth, train};
 use tracing_subscriber::EnvFilter;
 
 /// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
@@ -20,6 +20,10 @@ enum Command {
     Train(train::Args),
     /// Judge every exchange of a capture, natively, through the .wasm, or through Envoy.
     Replay(replay::Args),
+    /// Make a replay again from its manifest, and say whether everything is as it was.
+    Verify(replay::verify::Args),
+    /// Record what passes a gateway, redacted, or rewrite a capture.
+    Capture(capture::Args),
     /// Show what surprised the model in one exchange, byte by byte.
     Explain(explain::Args),
     /// Run a reverse proxy with the filter in front of an upstream.
@@ -41,6 +45,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Train(args) => train::run(&args).map_err(anyhow::Error::from),
         Command::Replay(args) => replay::run(&args).map_err(anyhow::Error::from),
+        Command::Verify(args) => replay::verify::run(&args).map_err(anyhow::Error::from),
+        Command::Capture(args) => capture::run(&args).map_err(anyhow::Error::from),
         Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),

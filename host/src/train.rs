@@ -31,13 +31,13 @@ use crate::replay::{native, wire};
 /// Arguments of `driftlock train`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Captures of normal traffic: JSON Lines, plain or gzip.
+    /// Captures of normal traffic, in any format that `replay` reads.
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
     /// Where the snapshot goes.
     #[arg(long, short, default_value = "baseline.driftlock")]
     pub out: PathBuf,
-    /// Learn only from rows with this label.
+    /// Learn only from exchanges with this label, and from those that have none.
     #[arg(long, default_value = "normal")]
     pub label: String,
     /// Plugin configuration, JSON: its alpha, name and limits count.
@@ -73,6 +73,34 @@ pub enum ConfigurationError {
     },
 }
 
+/// The plugin configuration in `config`, as a JSON object; an empty one without a file.
+///
+/// # Errors
+/// [`ConfigurationError`] if the file cannot be read or is no JSON object.
+pub fn bare_configuration(config: Option<&Path>) -> Result<Value, ConfigurationError> {
+    let Some(path) = config else { return Ok(Value::Object(serde_json::Map::new())) };
+    let json_error = |reason: String| ConfigurationError::Json { path: path.to_owned(), reason };
+    let bytes =
+        std::fs::read(path).map_err(|source| ConfigurationError::Read { path: path.to_owned(), source })?;
+    if bytes.trim_ascii().is_empty() {
+        return Ok(Value::Object(serde_json::Map::new()));
+    }
+    let value: Value = serde_json::from_slice(&bytes).map_err(|error| json_error(error.to_string()))?;
+    match value.is_object() {
+        true => Ok(value),
+        false => Err(json_error("it is another JSON value".to_owned())),
+    }
+}
+
+/// The configuration's bytes, as a filter gets them, with the snapshot as its `baseline`.
+pub fn with_baseline(configuration: &Value, snapshot: Option<&[u8]>) -> Vec<u8> {
+    let mut value = configuration.clone();
+    if let (Some(fields), Some(snapshot)) = (value.as_object_mut(), snapshot) {
+        fields.insert("baseline".to_owned(), Value::String(STANDARD.encode(snapshot)));
+    }
+    value.to_string().into_bytes()
+}
+
 /// The plugin configuration in `config`, with the snapshot in `baseline` as its `baseline`.
 ///
 /// # Errors
@@ -81,21 +109,12 @@ pub fn plugin_configuration(
     config: Option<&Path>,
     baseline: Option<&Path>,
 ) -> Result<Vec<u8>, ConfigurationError> {
+    let configuration = bare_configuration(config)?;
     let read = |path: &Path| {
         std::fs::read(path).map_err(|source| ConfigurationError::Read { path: path.to_owned(), source })
     };
-    let bytes = config.map(read).transpose()?.unwrap_or_else(|| b"{}".to_vec());
-    let Some(baseline) = baseline else { return Ok(bytes) };
-    let json_error = |reason: String| ConfigurationError::Json {
-        path: config.unwrap_or(Path::new("the configuration")).to_owned(),
-        reason,
-    };
-    let mut value: Value = serde_json::from_slice(&bytes).map_err(|error| json_error(error.to_string()))?;
-    let Some(fields) = value.as_object_mut() else {
-        return Err(json_error("it is another JSON value".to_owned()));
-    };
-    fields.insert("baseline".to_owned(), Value::String(STANDARD.encode(read(baseline)?)));
-    Ok(value.to_string().into_bytes())
+    let snapshot = baseline.map(read).transpose()?;
+    Ok(with_baseline(&configuration, snapshot.as_deref()))
 }
 
 /// Why training failed.
@@ -221,9 +240,12 @@ pub fn run(args: &Args) -> Result<(), TrainError> {
     let config = training_configuration(args.config.as_deref())?;
     let mut exchanges = Vec::new();
     for file in &args.files {
-        for row in capture::open(file)? {
-            match row.and_then(capture::Row::into_exchange) {
-                Ok(exchange) if exchange.label == args.label => exchanges.push(exchange),
+        for recorded in capture::exchanges(file)? {
+            match recorded.map(|recorded| recorded.exchange) {
+                // Formats without labels are recordings of what is normal, or nobody would train on them.
+                Ok(exchange) if exchange.label == args.label || exchange.label == "unlabelled" => {
+                    exchanges.push(exchange);
+                }
                 Ok(_) => {}
                 Err(error) => tracing::warn!("{}: {error}", file.display()),
             }

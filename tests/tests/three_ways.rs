@@ -114,14 +114,13 @@ async fn a_trained_baseline_gives_the_same_verdicts_four_ways() {
 
 fn arguments(file: PathBuf, via: Via, config: &Path, baseline: Option<&Path>) -> Args {
     Args {
-        file,
         via,
         baseline: baseline.map(Path::to_owned),
         config: Some(config.to_owned()),
-        out: "-".into(),
         digest: true,
         filter: Some(filter()),
         envoy: Some(envoy_binary()),
+        ..Args::new(file)
     }
 }
 

@@ -9,7 +9,7 @@
 //! Nothing is dropped: an exchange that cannot be sent, or whose answer breaks off, is in the
 //! result with its [`Failure`].
 //!
-//! Cost: one exchange in memory at a time, plus the verdicts; about a millisecond an exchange on
+//! Cost: one exchange in memory at a time, plus the verdicts of the part that is under way; about a millisecond an exchange on
 //! loopback. Left out on purpose: concurrency (order matters) and load (see `benches/`).
 
 use std::collections::HashMap;
@@ -149,39 +149,69 @@ pub async fn replay_through(
     exchanges: impl IntoIterator<Item = Exchange>,
     options: &ReplayOptions,
 ) -> Result<Vec<ReplayedExchange>, ReplayError> {
-    let client = Client::builder(TokioExecutor::new()).http1_max_headers(1024).build_http();
-    let driver = Driver { client, gateway, upstream, options };
-    let mut replayed = Vec::new();
-    // Number of the plan to its place in `replayed`, for the exchanges that were sent.
-    let mut sent: HashMap<u64, usize> = HashMap::new();
-    for exchange in exchanges {
-        let id = exchange.id.clone();
-        let wire = match on_the_wire(exchange) {
-            Ok(wire) => wire,
-            Err(reason) => {
-                replayed.push(ReplayedExchange { failure: Some(reason.into()), ..unsent(id) });
-                continue;
+    Passage::new(gateway, upstream, verdicts, options).replay(exchanges).await
+}
+
+/// A replay that is made part by part, so that its verdicts can be written as it goes.
+pub struct Passage<'a> {
+    driver: Driver<'a>,
+    verdicts: &'a mut VerdictSource,
+    log: EnvoyLog,
+}
+
+impl<'a> Passage<'a> {
+    /// Through the proxy at `gateway`; see [`replay_through`].
+    pub fn new(
+        gateway: SocketAddr,
+        upstream: &'a Upstream,
+        verdicts: &'a mut VerdictSource,
+        options: &'a ReplayOptions,
+    ) -> Self {
+        let client = Client::builder(TokioExecutor::new()).http1_max_headers(1024).build_http();
+        Self { driver: Driver { client, gateway, upstream, options }, verdicts, log: EnvoyLog::default() }
+    }
+
+    /// Sends the next exchanges and waits for their verdicts.
+    ///
+    /// # Errors
+    /// As [`replay_through`].
+    pub async fn replay(
+        &mut self,
+        exchanges: impl IntoIterator<Item = Exchange>,
+    ) -> Result<Vec<ReplayedExchange>, ReplayError> {
+        let Driver { upstream, options, .. } = self.driver;
+        let mut replayed = Vec::new();
+        // Number of the plan to its place in `replayed`, for the exchanges that were sent.
+        let mut sent: HashMap<u64, usize> = HashMap::new();
+        for exchange in exchanges {
+            let id = exchange.id.clone();
+            let wire = match on_the_wire(exchange) {
+                Ok(wire) => wire,
+                Err(reason) => {
+                    replayed.push(ReplayedExchange { failure: Some(reason.into()), ..unsent(id) });
+                    continue;
+                }
+            };
+            // `on_the_wire` refuses an exchange without a response.
+            let response =
+                wire.response.unwrap_or(HttpResponse { status: 204, headers: Vec::new(), body: Vec::new() });
+            let delivery = options.delivery.clone().unwrap_or_else(|| Delivery::recorded(&response));
+            let number = upstream.plan(&response, delivery)?;
+            let mut outcome = self.driver.send(id, number, &wire.request, &response).await;
+            if let VerdictSource::Gateway(records) = self.verdicts {
+                match next_record(records, options.log_deadline).await {
+                    Some(record) => outcome.take_verdicts(|name| gateway_state(&record, name)),
+                    None => outcome.note_unlogged(options.log_deadline),
+                }
             }
-        };
-        // `on_the_wire` refuses an exchange without a response.
-        let response =
-            wire.response.unwrap_or(HttpResponse { status: 204, headers: Vec::new(), body: Vec::new() });
-        let delivery = options.delivery.clone().unwrap_or_else(|| Delivery::recorded(&response));
-        let number = upstream.plan(&response, delivery)?;
-        let mut outcome = driver.send(id, number, &wire.request, &response).await;
-        if let VerdictSource::Gateway(records) = verdicts {
-            match next_record(records, options.log_deadline).await {
-                Some(record) => outcome.take_verdicts(|name| gateway_state(&record, name)),
-                None => outcome.note_unlogged(options.log_deadline),
-            }
+            sent.insert(number, replayed.len());
+            replayed.push(outcome);
         }
-        sent.insert(number, replayed.len());
-        replayed.push(outcome);
+        if let VerdictSource::EnvoyLog(path) = self.verdicts {
+            self.log.read(path, &sent, &mut replayed, options.log_deadline).await?;
+        }
+        Ok(replayed)
     }
-    if let VerdictSource::EnvoyLog(path) = verdicts {
-        read_envoy_log(path, &sent, &mut replayed, options.log_deadline).await?;
-    }
-    Ok(replayed)
 }
 
 fn unsent(id: String) -> ReplayedExchange {
@@ -329,49 +359,65 @@ fn gateway_state(record: &AccessRecord, name: &str) -> Option<String> {
     Some(String::from_utf8_lossy(value).into_owned())
 }
 
-/// Reads the log until every exchange that was sent has its line. A request that Envoy does not
-/// even parse is answered with 400 and logged without its headers: such lines stand for exchanges
-/// that failed already.
-async fn read_envoy_log(
-    path: &Path,
-    sent: &HashMap<u64, usize>,
-    replayed: &mut [ReplayedExchange],
-    deadline: Duration,
-) -> Result<(), ReplayError> {
-    let log_error = |source| ReplayError::AccessLog { path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(log_error)?;
-    let mut missing = sent.clone();
-    let mut unread = Vec::new();
-    let mut line = 0;
-    let mut lines_without_number = 0;
-    let started = Instant::now();
-    while !missing.is_empty() {
-        file.read_to_end(&mut unread).map_err(log_error)?;
-        let mut start = 0;
-        // The last line may be half written.
-        while let Some(length) = unread[start..].iter().position(|&byte| byte == b'\n') {
-            line += 1;
-            let entry: Value = serde_json::from_slice(&unread[start..start + length])
-                .map_err(|source| ReplayError::LogLine { line, source })?;
-            start += length + 1;
-            let number = entry.get("replay_id").and_then(|id| id.as_str()?.parse::<u64>().ok());
-            lines_without_number += usize::from(number.is_none());
-            if let Some(place) = number.and_then(|number| missing.remove(&number)) {
-                replayed[place].take_verdicts(|name| envoy_state(&entry, name));
+/// How far Envoy's access log has been read.
+#[derive(Default)]
+struct EnvoyLog {
+    file: Option<File>,
+    unread: Vec<u8>,
+    line: u64,
+    /// A request that Envoy does not even parse is answered with 400 and logged without its headers.
+    lines_without_number: usize,
+}
+
+impl EnvoyLog {
+    /// Reads on until every exchange that was sent has its line. Lines without a number stand for
+    /// exchanges that failed already.
+    async fn read(
+        &mut self,
+        path: &Path,
+        sent: &HashMap<u64, usize>,
+        replayed: &mut [ReplayedExchange],
+        deadline: Duration,
+    ) -> Result<(), ReplayError> {
+        let log_error = |source| ReplayError::AccessLog { path: path.to_owned(), source };
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(File::open(path).map_err(log_error)?),
+        };
+        let mut missing = sent.clone();
+        let started = Instant::now();
+        while !missing.is_empty() {
+            file.read_to_end(&mut self.unread).map_err(log_error)?;
+            let mut start = 0;
+            // The last line may be half written.
+            while let Some(length) = self.unread[start..].iter().position(|&byte| byte == b'\n') {
+                self.line += 1;
+                let entry: Value = serde_json::from_slice(&self.unread[start..start + length])
+                    .map_err(|source| ReplayError::LogLine { line: self.line, source })?;
+                start += length + 1;
+                let number = entry.get("replay_id").and_then(|id| id.as_str()?.parse::<u64>().ok());
+                self.lines_without_number += usize::from(number.is_none());
+                if let Some(place) = number.and_then(|number| missing.remove(&number)) {
+                    replayed[place].take_verdicts(|name| envoy_state(&entry, name));
+                }
             }
+            self.unread.drain(..start);
+            let explained = missing.len() <= self.lines_without_number
+                && missing.values().all(|&place| replayed[place].failure.is_some());
+            if explained {
+                self.lines_without_number -= missing.len();
+                break;
+            }
+            if started.elapsed() > deadline {
+                break;
+            }
+            sleep(Duration::from_millis(10)).await;
         }
-        unread.drain(..start);
-        let explained = missing.len() <= lines_without_number
-            && missing.values().all(|&place| replayed[place].failure.is_some());
-        if explained || started.elapsed() > deadline {
-            break;
+        for &place in missing.values() {
+            replayed[place].note_unlogged(deadline);
         }
-        sleep(Duration::from_millis(10)).await;
+        Ok(())
     }
-    for &place in missing.values() {
-        replayed[place].note_unlogged(deadline);
-    }
-    Ok(())
 }
 
 /// A filter-state value, which `%FILTER_STATE(…:PLAIN)%` prints as one JSON string.

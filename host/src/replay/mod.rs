@@ -2,39 +2,55 @@
 //!
 //! What: every exchange of a capture goes through the inspection natively, through the filter module on
 //! wasmtime, or through a real Envoy with a replaying upstream. Each gives one line of JSON: the
-//! exchange's id and the verdicts of its request and response, as the filter wrote them. The digest
-//! over the lines is the same for the three paths, which is what lets an auditor check one by another.
+//! exchange's id and the verdicts of its request and response, as the filter wrote them (`lines`). The
+//! digest over the lines is the same for the three paths, for every number of threads and for every seed,
+//! which is what lets an auditor check one by another.
 //!
-//! Nothing is dropped: an exchange that cannot be sent has a line with its `failure`, a row that cannot
-//! be read is counted and reported.
+//! Nothing is dropped: an exchange that cannot be sent has a line with its `failure`, a recording that
+//! cannot be read one with its `error`.
 //!
-//! Cost: native, the inspection; wasm, a module compilation more; Envoy, about a millisecond an
-//! exchange. Verdicts are written as they come, but Envoy's, which come at the end.
+//! A run into a file can be killed at any moment and goes on with `--resume`: the lines written so far
+//! are its journal. Beside the finished file stands a [`Manifest`], from which `driftlock verify` makes
+//! the run again.
 //!
-//! Left out on purpose: pacing and parallel streams; while streams learn, order matters.
+//! Cost: native, the inspection; wasm, a module compilation more; Envoy, about a millisecond an exchange.
+//! Memory does not depend on the capture's length. Left out on purpose: synchronising the disk, so a
+//! machine that loses power may lose the end of the journal, which `--resume` then makes again.
 
+mod cuts;
 pub mod envoy;
+mod lines;
+pub mod manifest;
 pub mod native;
+mod schedule;
 pub mod upstream;
+pub mod verify;
 pub mod wasm;
 pub mod wire;
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use clap::ValueEnum;
-use driftlock_inspect::config::ConfigError;
+use driftlock_engine::ENGINE_VERSION;
+use driftlock_inspect::config::{Config, ConfigError};
 use driftlock_inspect::session::Plugin;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::value::RawValue;
-use sha2::{Digest as _, Sha256};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use self::cuts::Cuts;
+use self::lines::{Lines, Tally, push_error, push_failure, push_found};
+use self::manifest::{Manifest, Part};
+use self::schedule::{Done, Judge, Schedule};
 use crate::abi::{AbiError, Module};
-use crate::capture::{self, CaptureError, Exchange};
+use crate::capture::{Batch, CaptureError, Fingerprint, Item, Reader, Recorded};
 use crate::envoy::{Envoy, EnvoyError, EnvoyOptions, find_binary};
-use crate::train::{ConfigurationError, plugin_configuration};
+use crate::train::{ConfigurationError, bare_configuration, with_baseline};
+
+pub use self::lines::Found;
 
 /// What a replay found for one exchange: the verdicts' JSON, as the filter wrote it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,9 +70,11 @@ impl Verdicts {
 }
 
 /// Which path a replay takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Via {
     /// The inspection, natively.
+    #[default]
     Native,
     /// The filter module on wasmtime.
     Wasm,
@@ -65,31 +83,72 @@ pub enum Via {
 }
 
 /// Arguments of `driftlock replay`.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The capture: JSON Lines, plain or gzip.
+    /// The capture: a file or a folder of HAR, Envoy tap, JSON Lines or access logs; plain, gzip or zstd
     pub file: PathBuf,
-    /// The path through which exchanges go.
+    /// The path through which exchanges go
     #[arg(long, value_enum, default_value = "native")]
     pub via: Via,
-    /// Baselines to judge by; without them the streams learn from their first messages.
+    /// Baselines to judge by; without them the streams learn from their first messages
     #[arg(long)]
     pub baseline: Option<PathBuf>,
-    /// Plugin configuration, JSON.
+    /// Plugin configuration, JSON
     #[arg(long)]
     pub config: Option<PathBuf>,
-    /// Where the verdicts go, a line of JSON each; `-` is standard output.
+    /// Where the verdicts go, a line of JSON each; `-` is standard output
     #[arg(long, default_value = "-")]
     pub out: PathBuf,
-    /// Print only one digest over all verdicts.
+    /// Print only one digest over all verdicts
     #[arg(long)]
     pub digest: bool,
-    /// The filter module, for wasm and Envoy; by default the one beside this program.
+    /// The filter module, for wasm and Envoy; by default the one beside this program
     #[arg(long)]
     pub filter: Option<PathBuf>,
-    /// The Envoy binary; by default the one that `cargo xtask envoy` installed, else from the path.
+    /// The Envoy binary; by default the one that `cargo xtask envoy` installed, else from the path
     #[arg(long)]
     pub envoy: Option<PathBuf>,
+    /// Threads, native and wasm [default: one per processor]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Pace the exchanges as they were recorded, so many times as fast [default: no pause]
+    #[arg(long, value_name = "FACTOR")]
+    pub speed: Option<f64>,
+    /// Cut bodies at places drawn from this seed, native and wasm; 0 cuts them as a proxy would
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Go on with a run into the same --out that was interrupted
+    #[arg(long)]
+    pub resume: bool,
+    /// Where the manifest goes [default: beside --out]
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
+}
+
+impl Args {
+    /// Replays `file` natively, learning on the way, and prints the lines.
+    pub fn new(file: PathBuf) -> Self {
+        Self {
+            file,
+            via: Via::Native,
+            baseline: None,
+            config: None,
+            out: "-".into(),
+            digest: false,
+            filter: None,
+            envoy: None,
+            threads: None,
+            speed: None,
+            seed: 0,
+            resume: false,
+            manifest: None,
+        }
+    }
+
+    /// The file for the verdicts, if they go into one.
+    fn out_file(&self) -> Option<&Path> {
+        (!self.digest && self.out != Path::new("-")).then_some(&*self.out)
+    }
 }
 
 /// Why a replay failed.
@@ -125,6 +184,30 @@ pub enum ReplayError {
     /// Writing the verdicts.
     #[error("cannot write the verdicts: {0}; check the disk and the path")]
     Write(#[source] io::Error),
+    /// A speed that is none.
+    #[error("--speed {0} is not a positive number")]
+    Speed(f64),
+    /// Lines of another run.
+    #[error(
+        "{path} was begun with another {what}; give the same arguments, or leave --resume out to begin anew"
+    )]
+    OtherRun {
+        /// The unfinished file.
+        path: PathBuf,
+        /// What is different.
+        what: &'static str,
+    },
+    /// The lines cannot be taken up again.
+    #[error("cannot take up {path} again: {reason}; leave --resume out to begin anew")]
+    Resume {
+        /// The unfinished file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Resuming what goes nowhere.
+    #[error("--resume needs --out FILE: the lines written so far are what a run goes on from")]
+    ResumeWithoutFile,
 }
 
 impl From<AbiError> for ReplayError {
@@ -144,14 +227,16 @@ pub fn find_filter(given: Option<&Path>) -> PathBuf {
     }
 }
 
+fn read_filter(path: &Path) -> Result<Vec<u8>, wasm::WasmReplayError> {
+    std::fs::read(path).map_err(|source| wasm::WasmReplayError::Read { path: path.to_owned(), source })
+}
+
 /// Compiles the module in a file.
 ///
 /// # Errors
 /// [`wasm::WasmReplayError`].
 pub fn compile(path: &Path) -> Result<Module, wasm::WasmReplayError> {
-    let bytes = std::fs::read(path)
-        .map_err(|source| wasm::WasmReplayError::Read { path: path.to_owned(), source })?;
-    Ok(Module::compile(&bytes)?)
+    Ok(Module::compile(&read_filter(path)?)?)
 }
 
 /// What a replay did.
@@ -169,193 +254,499 @@ pub struct Summary {
     pub digest: String,
 }
 
-/// Takes verdicts, writes lines, keeps the digest.
-struct Lines<W> {
-    out: W,
-    hash: Sha256,
-    summary: Summary,
+impl From<&Manifest> for Summary {
+    fn from(manifest: &Manifest) -> Self {
+        let counts = &manifest.counts;
+        Self {
+            exchanges: counts.exchanges,
+            outcomes: [counts.normal, counts.warming_up, counts.not_inspected, counts.anomalous],
+            failures: counts.failed_exchanges,
+            bad_rows: counts.unreadable_rows,
+            digest: manifest.verdicts.sha256.clone(),
+        }
+    }
 }
 
-#[derive(serde::Serialize)]
-struct Line<'a> {
-    id: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    request: Option<&'a RawValue>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    response: Option<&'a RawValue>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    failure: Option<&'a str>,
+/// Everything that decides a replay's verdicts, and how it is run.
+struct Plan {
+    input: PathBuf,
+    via: Via,
+    configuration: Value,
+    /// The same with the baseline in it, as the filter gets it.
+    plugin_configuration: Vec<u8>,
+    baseline: Option<Part>,
+    filter: Option<(Part, Vec<u8>)>,
+    envoy: Option<PathBuf>,
+    seed: u64,
+    threads: usize,
+    speed: Option<f64>,
 }
 
-#[derive(serde::Deserialize)]
-struct OutcomeOf {
-    outcome: String,
-}
-
-impl<W: Write> Lines<W> {
-    fn new(out: W) -> Self {
-        Self { out, hash: Sha256::new(), summary: Summary::default() }
+impl Plan {
+    fn new(args: &Args) -> Result<Self, ReplayError> {
+        if let Some(speed) = args.speed.filter(|speed| !(*speed > 0.0 && speed.is_finite())) {
+            return Err(ReplayError::Speed(speed));
+        }
+        let configuration = bare_configuration(args.config.as_deref())?;
+        let baseline = args.baseline.as_deref().map(read_part).transpose()?;
+        Self::of_parts(args, configuration, baseline)
     }
 
-    fn write(&mut self, id: &str, verdicts: &Verdicts) -> Result<(), ReplayError> {
-        let raw = |json: &Option<String>| -> Result<Option<Box<RawValue>>, serde_json::Error> {
-            json.clone().map(RawValue::from_string).transpose()
-        };
-        let line = || -> Result<String, serde_json::Error> {
-            let (request, response) = (raw(&verdicts.request)?, raw(&verdicts.response)?);
-            serde_json::to_string(&Line {
-                id,
-                request: request.as_deref(),
-                response: response.as_deref(),
-                failure: verdicts.failure.as_deref(),
-            })
-        };
-        let mut line = line().map_err(|error| ReplayError::Write(error.into()))?;
-        line.push('\n');
-        self.hash.update(&line);
-        self.out.write_all(line.as_bytes()).map_err(ReplayError::Write)?;
-        self.summary.exchanges += 1;
-        self.summary.failures += u64::from(verdicts.failure.is_some());
-        for json in [&verdicts.request, &verdicts.response].into_iter().flatten() {
-            let outcome = serde_json::from_str(json).map_or_else(|_| String::new(), |v: OutcomeOf| v.outcome);
-            let names = ["normal", "warming_up", "not_inspected", "anomalous"];
-            for (count, name) in self.summary.outcomes.iter_mut().zip(names) {
-                *count += u64::from(outcome == name);
+    fn of_parts(
+        args: &Args,
+        configuration: Value,
+        baseline: Option<(Part, Vec<u8>)>,
+    ) -> Result<Self, ReplayError> {
+        let bytes = baseline.as_ref().map(|(_, bytes)| bytes.as_slice());
+        let plugin_configuration = with_baseline(&configuration, bytes);
+        // Refused here with the reason, whichever the path.
+        Config::parse(&plugin_configuration)?;
+        let filter = match args.via {
+            Via::Native => None,
+            Via::Wasm | Via::Envoy => {
+                let path = find_filter(args.filter.as_deref());
+                let bytes = read_filter(&path)?;
+                Some((Part { path, fingerprint: Fingerprint::of(&bytes) }, bytes))
             }
-        }
+        };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            input: args.file.clone(),
+            via: args.via,
+            configuration,
+            plugin_configuration,
+            baseline: baseline.map(|(part, _)| part),
+            filter,
+            envoy: args.envoy.clone(),
+            seed: args.seed,
+            threads: args.threads.unwrap_or(processors).max(1),
+            speed: args.speed,
+        })
+    }
+
+    fn manifest(
+        &self,
+        reader: &Reader,
+        tally: &Tally,
+        verdicts: Fingerprint,
+        path: Option<&Path>,
+    ) -> Manifest {
+        let mut manifest = Manifest {
+            driftlock_manifest: manifest::VERSION,
+            driftlock_version: env!("CARGO_PKG_VERSION").to_owned(),
+            engine_version: ENGINE_VERSION.to_owned(),
+            via: self.via,
+            input: self.input.clone(),
+            input_files: reader.files().to_vec(),
+            baseline: self.baseline.clone(),
+            filter: self.filter.as_ref().map(|(part, _)| part.clone()),
+            configuration: self.configuration.clone(),
+            seed: self.seed,
+            counts: tally.into(),
+            verdicts_path: path.map(Path::to_owned),
+            verdicts,
+            manifest_sha256: String::new(),
+        };
+        manifest.manifest_sha256 = manifest.digest();
+        manifest
+    }
+}
+
+fn read_part(path: &Path) -> Result<(Part, Vec<u8>), ConfigurationError> {
+    let bytes =
+        std::fs::read(path).map_err(|source| ConfigurationError::Read { path: path.to_owned(), source })?;
+    Ok((Part { path: path.to_owned(), fingerprint: Fingerprint::of(&bytes) }, bytes))
+}
+
+struct NativeJudge {
+    plugin: Plugin,
+    seed: u64,
+}
+
+impl Judge for NativeJudge {
+    fn judge(
+        &mut self,
+        view: &wire::View<'_>,
+        _unix_ns: Option<u64>,
+        row: u64,
+        found: &mut Found,
+    ) -> Result<(), ReplayError> {
+        native::judge(&mut self.plugin, view, Cuts::whole().seeded(self.seed, row), found);
         Ok(())
     }
+}
 
-    fn finish(mut self) -> Result<Summary, ReplayError> {
-        self.out.flush().map_err(ReplayError::Write)?;
-        let digest: [u8; 32] = self.hash.finalize().into();
-        self.summary.digest = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(self.summary)
+struct WasmJudge {
+    vm: wasm::WasmReplay,
+    seed: u64,
+}
+
+impl Judge for WasmJudge {
+    fn judge(
+        &mut self,
+        view: &wire::View<'_>,
+        unix_ns: Option<u64>,
+        row: u64,
+        found: &mut Found,
+    ) -> Result<(), ReplayError> {
+        Ok(self.vm.judge(view, unix_ns, Cuts::chunks().seeded(self.seed, row), found)?)
     }
 }
 
-/// Reads exchanges, reports rows that cannot be read and goes on.
-struct Readable<'a> {
-    rows: capture::Rows,
-    bad_rows: &'a mut u64,
-    progress: &'a ProgressBar,
-}
-
-impl Iterator for Readable<'_> {
-    type Item = Exchange;
-
-    fn next(&mut self) -> Option<Exchange> {
-        loop {
-            match self.rows.next()?.and_then(capture::Row::into_exchange) {
-                Ok(exchange) => {
-                    self.progress.inc(1);
-                    return Some(exchange);
-                }
-                Err(error) => {
-                    *self.bad_rows += 1;
-                    self.progress.suspend(|| tracing::warn!("{error}"));
-                }
-            }
-        }
-    }
-}
-
-/// Replays a capture and writes a line for each exchange to `out`.
+/// Replays a capture and writes a line for each recording to `out`.
 ///
 /// # Errors
 /// [`ReplayError`] when the replay as a whole cannot go on.
-pub fn replay(args: &Args, out: impl Write) -> Result<Summary, ReplayError> {
-    let configuration = plugin_configuration(args.config.as_deref(), args.baseline.as_deref())?;
-    // Refused here with the reason, whichever the path.
-    let mut plugin = Plugin::configure(&configuration)?;
-    let progress = progress_bar();
-    let mut bad_rows = 0;
-    let rows = Readable { rows: capture::open(&args.file)?, bad_rows: &mut bad_rows, progress: &progress };
-    let mut lines = Lines::new(out);
-    match args.via {
-        Via::Native => {
-            for exchange in rows {
-                let id = exchange.id.clone();
-                lines.write(&id, &native::replay(&mut plugin, exchange))?;
-            }
-        }
-        Via::Wasm => {
-            let module = compile(&find_filter(args.filter.as_deref()))?;
-            let mut vm = wasm::WasmReplay::start(&module, configuration)?;
-            for exchange in rows {
-                let id = exchange.id.clone();
-                lines.write(&id, &vm.replay(exchange)?)?;
-            }
-        }
-        Via::Envoy => through_envoy(args, configuration, rows, &mut lines)?,
-    }
-    progress.finish_and_clear();
-    let mut summary = lines.finish()?;
-    summary.bad_rows = bad_rows;
-    Ok(summary)
+pub fn replay(args: &Args, out: impl Write + Send) -> Result<Summary, ReplayError> {
+    let plan = Plan::new(args)?;
+    let manifest = execute(&plan, &mut Lines::new(out), &Done::default(), None)?;
+    Ok(Summary::from(&manifest))
 }
 
-fn through_envoy(
-    args: &Args,
-    configuration: Vec<u8>,
-    rows: Readable<'_>,
-    lines: &mut Lines<impl Write>,
-) -> Result<(), ReplayError> {
+/// Judges the capture; `lines` and `done` hold what an earlier run left.
+fn execute<W: Write + Send>(
+    plan: &Plan,
+    lines: &mut Lines<W>,
+    done: &Done,
+    path: Option<&Path>,
+) -> Result<Manifest, ReplayError> {
+    let mut reader = Reader::open(&plan.input)?;
+    if plan.speed.is_some() {
+        reader.one_by_one();
+    }
+    let progress = Progress::start(&reader);
+    let reader = match plan.via {
+        Via::Native => {
+            let config = Config::parse(&plan.plugin_configuration)?;
+            let mut free_config = config.clone();
+            free_config.settings.learning = None;
+            let knows = !config.snapshot.streams().is_empty();
+            let judge = |config: &Config| {
+                Box::new(NativeJudge { plugin: Plugin::new(config.clone()), seed: plan.seed })
+                    as Box<dyn Judge>
+            };
+            let free = || Ok(judge(&free_config));
+            let ordered = || Ok(judge(&config));
+            let schedule = Schedule {
+                threads: if plan.speed.is_some() { 1 } else { plan.threads },
+                free: knows.then_some(&free),
+                ordered: &ordered,
+                done,
+                pace: plan.speed,
+            };
+            schedule::run(&schedule, reader, lines)?
+        }
+        Via::Wasm => {
+            let bytes = plan.filter.as_ref().map(|(_, bytes)| bytes.as_slice()).unwrap_or_default();
+            let module = Module::compile(bytes)?;
+            let knows = !Config::parse(&plan.plugin_configuration)?.snapshot.streams().is_empty();
+            let judge = |configuration: Vec<u8>| {
+                let vm = wasm::WasmReplay::start(&module, configuration)?;
+                Ok(Box::new(WasmJudge { vm, seed: plan.seed }) as Box<dyn Judge>)
+            };
+            let frozen = without_learning(&plan.plugin_configuration);
+            let free = || judge(frozen.clone());
+            let ordered = || judge(plan.plugin_configuration.clone());
+            let schedule = Schedule {
+                threads: if plan.speed.is_some() { 1 } else { plan.threads },
+                free: knows.then_some(&free),
+                ordered: &ordered,
+                done,
+                pace: plan.speed,
+            };
+            schedule::run(&schedule, reader, lines)?
+        }
+        Via::Envoy => through_envoy(plan, reader, lines, done)?,
+    };
+    lines.flush().map_err(ReplayError::Write)?;
+    progress.finish();
+    let fingerprint = std::mem::take(&mut lines.fingerprinter).finish();
+    Ok(plan.manifest(&reader, &lines.tally, fingerprint, path))
+}
+
+/// The configuration of a VM that never learns.
+fn without_learning(configuration: &[u8]) -> Vec<u8> {
+    let mut value: Value = serde_json::from_slice(configuration).unwrap_or_default();
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert("learn".to_owned(), Value::Null);
+    }
+    value.to_string().into_bytes()
+}
+
+fn through_envoy<W: Write>(
+    plan: &Plan,
+    mut reader: Reader,
+    lines: &mut Lines<W>,
+    done: &Done,
+) -> Result<Reader, ReplayError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(ReplayError::Runtime)?;
-    let binary = find_binary(args.envoy.as_deref())?;
-    let filter = find_filter(args.filter.as_deref());
-    let replayed = runtime.block_on(async {
+    let binary = find_binary(plan.envoy.as_deref())?;
+    let filter = plan.filter.as_ref().map(|(part, _)| part.path.clone()).unwrap_or_default();
+    runtime.block_on(async {
         let upstream = upstream::Upstream::start().await.map_err(envoy::ReplayError::from)?;
         let mut options = EnvoyOptions::new(binary, filter, upstream.address());
-        options.plugin_configuration = configuration;
+        options.plugin_configuration.clone_from(&plan.plugin_configuration);
         let envoy = Envoy::start(&options)?;
         let mut verdicts = envoy::VerdictSource::EnvoyLog(envoy.access_log().to_owned());
-        let replayed = envoy::replay_through(
-            envoy.listen(),
-            &upstream,
-            &mut verdicts,
-            rows,
-            &envoy::ReplayOptions::default(),
-        )
-        .await?;
-        envoy.stop(Duration::from_secs(10))?;
-        Ok::<_, ReplayError>(replayed)
-    })?;
-    let mut changed = (0, String::new());
-    for exchange in replayed {
-        if exchange.failure.is_none() && !exchange.body_matches {
-            changed.0 += 1;
-            if changed.0 == 1 {
-                changed.1.clone_from(&exchange.id);
+        let options = envoy::ReplayOptions::default();
+        let mut passage = envoy::Passage::new(envoy.listen(), &upstream, &mut verdicts, &options);
+        let mut pace = plan.speed.map(schedule::Pace::new);
+        let mut batch = Batch::default();
+        let (mut row, mut changed) = (0, (0, String::new()));
+        while reader.fill(&mut batch)? {
+            // What an earlier run judged is only sent again where the filter has to learn from it.
+            let rows = row..row + batch.len() as u64;
+            row = rows.end;
+            let wanted = |row: &u64| *row >= done.rows || done.is_ordered(*row);
+            let items: Vec<(u64, Result<Recorded, String>)> = rows
+                .clone()
+                .filter(wanted)
+                .filter_map(|row| Some((row, owned(&batch, (row - rows.start) as usize)?)))
+                .collect();
+            let mut exchanges = Vec::with_capacity(items.len());
+            for (_, item) in &items {
+                let Ok(recorded) = item else { continue };
+                if let Some(pace) = &mut pace {
+                    pace.wait(recorded.unix_ns);
+                }
+                exchanges.push(recorded.exchange.clone());
             }
+            let mut replayed = passage.replay(exchanges).await?.into_iter();
+            let (mut text, mut tally) = (Vec::new(), Tally::default());
+            for (row, item) in items {
+                let mut made = (Vec::new(), Tally::default());
+                match item {
+                    Err(error) => push_error(&mut made.0, &mut made.1, &error),
+                    Ok(recorded) => {
+                        let Some(exchange) = replayed.next() else { continue };
+                        if exchange.failure.is_none() && !exchange.body_matches {
+                            changed.0 += 1;
+                            if changed.0 == 1 {
+                                changed.1.clone_from(&exchange.id);
+                            }
+                        }
+                        push_replayed(&mut made, &recorded, exchange);
+                    }
+                }
+                if row >= done.rows {
+                    text.extend_from_slice(&made.0);
+                    tally.add(&made.1);
+                }
+            }
+            lines.write(&text, &tally).and_then(|()| lines.flush()).map_err(ReplayError::Write)?;
         }
-        let verdicts = Verdicts {
-            request: exchange.request_verdict_json,
-            response: exchange.response_verdict_json,
-            failure: exchange.failure.map(|failure| match failure {
+        envoy.stop(Duration::from_secs(10))?;
+        match changed {
+            (0, _) => Ok(reader),
+            (count, first) => Err(ReplayError::BodyChanged(count, first)),
+        }
+    })
+}
+
+fn owned(batch: &Batch, index: usize) -> Option<Result<Recorded, String>> {
+    Some(match batch.item(index)? {
+        Item::Record(record) => record.into_recorded().map_err(|error| batch.text_of(&error)),
+        Item::Recorded(recorded) => Ok(recorded.clone()),
+        Item::Bad(error) => Err(error),
+    })
+}
+
+fn push_replayed(made: &mut (Vec<u8>, Tally), recorded: &Recorded, exchange: envoy::ReplayedExchange) {
+    let (out, tally) = made;
+    match exchange.failure {
+        Some(failure) => {
+            let failure = match failure {
                 envoy::Failure::NotSendable(reason) => reason.to_string(),
                 failure => failure.to_string(),
-            }),
-        };
-        lines.write(&exchange.id, &verdicts)?;
-    }
-    match changed {
-        (0, _) => Ok(()),
-        (count, first) => Err(ReplayError::BodyChanged(count, first)),
+            };
+            push_failure(out, tally, &exchange.id, recorded.unix_ns, &failure);
+        }
+        None => {
+            let mut found = Found::default();
+            if let Some(json) = &exchange.request_verdict_json {
+                found.set_request(json);
+            }
+            if let Some(json) = &exchange.response_verdict_json {
+                found.set_response(json);
+            }
+            push_found(out, tally, &exchange.id, recorded.unix_ns, &found);
+        }
     }
 }
 
-fn progress_bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("{spinner} {pos} exchanges, {per_sec}, {elapsed}");
-    let bar = ProgressBar::new_spinner();
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
+/// A bar over the capture's bytes, moved by a thread of its own.
+struct Progress {
+    bar: ProgressBar,
+    thread: Option<(std::sync::mpsc::Sender<()>, std::thread::JoinHandle<()>)>,
+}
+
+impl Progress {
+    fn start(reader: &Reader) -> Self {
+        let bar = ProgressBar::new(reader.total_bytes());
+        let style = ProgressStyle::with_template("{wide_bar} {percent} %, {bytes}/{total_bytes}, {eta} left");
+        if let Ok(style) = style {
+            bar.set_style(style);
+        }
+        if bar.is_hidden() {
+            return Self { bar, thread: None };
+        }
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let (read, moved) = (reader.bytes_read(), bar.clone());
+        let thread = std::thread::spawn(move || {
+            while let Err(std::sync::mpsc::RecvTimeoutError::Timeout) =
+                stopped.recv_timeout(Duration::from_millis(200))
+            {
+                moved.set_position(read.load(std::sync::atomic::Ordering::Relaxed));
+            }
+        });
+        Self { bar, thread: Some((stop, thread)) }
     }
+
+    fn finish(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if let Some((stop, thread)) = self.thread.take() {
+            drop(stop);
+            if thread.join().is_err() {
+                tracing::debug!("the progress bar's thread panicked");
+            }
+        }
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What an unfinished run was begun with, beside its lines.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Begun {
+    engine_version: String,
+    via: Via,
+    /// Path, size and time of change in ns of each file.
+    input: Vec<(PathBuf, u64, u64)>,
+    baseline: Option<String>,
+    filter: Option<String>,
+    configuration: Value,
+    seed: u64,
+}
+
+impl Begun {
+    fn new(plan: &Plan) -> Result<Self, ReplayError> {
+        let mut input = Vec::new();
+        for path in Reader::open(&plan.input)?.paths() {
+            let metadata = std::fs::metadata(&path)
+                .map_err(|source| CaptureError::File { path: path.clone(), source })?;
+            let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            input.push((path, metadata.len(), changed.map_or(0, |time| time.as_nanos() as u64)));
+        }
+        let digest = |part: &Part| part.fingerprint.sha256.clone();
+        Ok(Self {
+            engine_version: ENGINE_VERSION.to_owned(),
+            via: plan.via,
+            input,
+            baseline: plan.baseline.as_ref().map(digest),
+            filter: plan.filter.as_ref().map(|(part, _)| digest(part)),
+            configuration: plan.configuration.clone(),
+            seed: plan.seed,
+        })
+    }
+
+    fn difference(&self, other: &Self) -> Option<&'static str> {
+        [
+            (self.engine_version != other.engine_version, "engine"),
+            (self.via != other.via, "path (--via)"),
+            (self.input != other.input, "capture"),
+            (self.baseline != other.baseline, "baseline"),
+            (self.filter != other.filter, "filter"),
+            (self.configuration != other.configuration, "configuration"),
+            (self.seed != other.seed, "seed"),
+        ]
+        .into_iter()
+        .find_map(|(differs, what)| differs.then_some(what))
+    }
+}
+
+/// The lines that an interrupted run left, without a last one that is half written.
+fn take_up(path: &Path, lines: &mut Lines<BufWriter<File>>, file: &mut File) -> Result<Done, ReplayError> {
+    let resume = |error: io::Error| ReplayError::Resume { path: path.to_owned(), reason: error.to_string() };
+    let mut reader = BufReader::with_capacity(1 << 18, file.try_clone().map_err(resume)?);
+    let (mut done, mut whole, mut line) = (Done::default(), 0, Vec::new());
+    loop {
+        line.clear();
+        reader.read_until(b'\n', &mut line).map_err(resume)?;
+        if !line.ends_with(b"\n") {
+            break;
+        }
+        whole += line.len() as u64;
+        done.push(lines.tally.count_line(&line));
+        lines.fingerprinter.update(&line);
+    }
+    file.set_len(whole).and_then(|()| file.seek(SeekFrom::Start(whole))).map_err(resume)?;
+    Ok(done)
+}
+
+/// Replays into a file: unfinished lines stand in `OUT.partial`, with what the run was begun with beside
+/// them; the manifest comes before the name `OUT` does.
+fn replay_into(args: &Args, out: &Path, manifest_path: &Path) -> Result<Manifest, ReplayError> {
+    let plan = Plan::new(args)?;
+    let partial = out.with_added_extension("partial");
+    let journal = out.with_added_extension("partial.json");
+    let begun = Begun::new(&plan)?;
+    let resume_error = |reason: String| ReplayError::Resume { path: partial.clone(), reason };
+    let there = args.resume && journal.exists();
+    if there {
+        let text = std::fs::read(&journal).map_err(|error| resume_error(error.to_string()))?;
+        let earlier: Begun =
+            serde_json::from_slice(&text).map_err(|error| resume_error(error.to_string()))?;
+        if let Some(what) = earlier.difference(&begun) {
+            return Err(ReplayError::OtherRun { path: partial, what });
+        }
+        if !partial.exists() && out.exists() {
+            // It ended between its last two steps.
+            let text = std::fs::read(manifest_path).map_err(|error| resume_error(error.to_string()))?;
+            let manifest = serde_json::from_slice(&text).map_err(|error| resume_error(error.to_string()))?;
+            std::fs::remove_file(&journal).map_err(ReplayError::Write)?;
+            return Ok(manifest);
+        }
+    } else if args.resume && out.exists() && manifest_path.exists() {
+        let text = std::fs::read(manifest_path).map_err(|error| resume_error(error.to_string()))?;
+        return serde_json::from_slice(&text).map_err(|error| resume_error(error.to_string()));
+    } else {
+        // Lines of an earlier run must not be taken for this one's, so they go before the journal comes.
+        File::create(&partial).map_err(ReplayError::Write)?;
+        write_whole(&journal, serde_json::to_string(&begun).unwrap_or_default().as_bytes())?;
+    }
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&partial)
+        .map_err(ReplayError::Write)?;
+    let out_file = file.try_clone().map_err(ReplayError::Write)?;
+    let mut lines = Lines::new(BufWriter::with_capacity(1 << 18, out_file));
+    let done = take_up(&partial, &mut lines, &mut file)?;
+    let manifest = execute(&plan, &mut lines, &done, Some(out))?;
+    write_whole(manifest_path, manifest.to_json().as_bytes())?;
+    std::fs::rename(&partial, out).map_err(ReplayError::Write)?;
+    std::fs::remove_file(&journal).map_err(ReplayError::Write)?;
+    Ok(manifest)
+}
+
+/// Writes a file that is there whole or not at all.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), ReplayError> {
+    let half = path.with_added_extension("new");
+    std::fs::write(&half, bytes).and_then(|()| std::fs::rename(&half, path)).map_err(ReplayError::Write)
 }
 
 /// Runs `driftlock replay`.
@@ -364,27 +755,43 @@ fn progress_bar() -> ProgressBar {
 /// [`ReplayError`].
 pub fn run(args: &Args) -> Result<(), ReplayError> {
     let started = Instant::now();
-    let summary = if args.digest {
-        replay(args, io::sink())?
-    } else if args.out == Path::new("-") {
-        replay(args, io::stdout().lock())?
-    } else {
-        let file = File::create(&args.out).map_err(ReplayError::Write)?;
-        replay(args, BufWriter::new(file))?
+    let manifest = match args.out_file() {
+        Some(out) => {
+            let manifest_path = args.manifest.clone().unwrap_or_else(|| manifest::path_beside(out));
+            replay_into(args, out, &manifest_path)?
+        }
+        None if args.resume => return Err(ReplayError::ResumeWithoutFile),
+        None => {
+            let plan = Plan::new(args)?;
+            let manifest = match args.digest {
+                true => execute(&plan, &mut Lines::new(io::sink()), &Done::default(), None)?,
+                false => {
+                    execute(&plan, &mut Lines::new(BufWriter::new(io::stdout())), &Done::default(), None)?
+                }
+            };
+            if let Some(path) = &args.manifest {
+                write_whole(path, manifest.to_json().as_bytes())?;
+            }
+            manifest
+        }
     };
-    let [normal, warming_up, not_inspected, anomalous] = summary.outcomes;
+    let counts = &manifest.counts;
     anstream::eprintln!(
-        "{} exchanges in {:.1} s: {normal} messages normal, {anomalous} anomalous, {warming_up} warming up, \
-         {not_inspected} not inspected; {} exchanges failed, {} rows unreadable",
-        summary.exchanges,
+        "{} rows in {:.1} s: {} messages normal, {} anomalous, {} warming up, {} not inspected; {} exchanges \
+         failed, {} rows unreadable",
+        counts.rows,
         started.elapsed().as_secs_f64(),
-        summary.failures,
-        summary.bad_rows,
+        counts.normal,
+        counts.anomalous,
+        counts.warming_up,
+        counts.not_inspected,
+        counts.failed_exchanges,
+        counts.unreadable_rows,
     );
     if args.digest {
-        anstream::println!("{}", summary.digest);
+        anstream::println!("{}", manifest.verdicts.sha256);
     } else {
-        anstream::eprintln!("digest {}", summary.digest);
+        anstream::eprintln!("digest {}", manifest.verdicts.sha256);
     }
     Ok(())
 }

@@ -1,35 +1,40 @@
 //! The native path: exchanges straight into the inspection, no proxy and no wasm.
 //!
-//! What: [`inspect`] reports an exchange to [`Exchange`](driftlock_inspect::session::Exchange) as a
+//! What: [`judge`] reports an exchange to [`Exchange`](driftlock_inspect::session::Exchange) as a
 //! proxy would and collects what it publishes. Why: it is the fastest path, it trains, and it is the
 //! reference that the filter's verdicts are compared with.
 //!
-//! Cost: that of the inspection, plus one copy of each header.
-
-use std::collections::BTreeMap;
+//! Cost: that of the inspection; headers and bodies are not copied.
 
 use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
 use driftlock_inspect::session::{self, Plugin, Step, filter_state};
 
-use super::{Verdicts, wire};
-use crate::capture::{self, Exchange};
+use super::cuts::Cuts;
+use super::wire::{self, View};
+use super::{Found, Verdicts};
+use crate::capture;
 
 /// A proxy that only remembers.
 struct Memory<'a> {
-    exchange: &'a Exchange,
-    state: BTreeMap<String, String>,
+    view: &'a View<'a>,
+    found: &'a mut Found,
+}
+
+fn field<'a>(headers: &[(&'a str, &'a str)], name: &str) -> Option<&'a str> {
+    headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
 }
 
 impl Host for Memory<'_> {
     fn header(&self, direction: Direction, name: &str) -> Result<Option<Vec<u8>>, HostError> {
-        let request = &self.exchange.request;
+        let view = self.view;
         let value = match (direction, name) {
-            (Direction::Request, ":method") => Some(request.method.as_str()),
-            (Direction::Request, ":path") => Some(request.target.as_str()),
-            (Direction::Request, name) => capture::header(&request.headers, name),
-            (Direction::Response, name) => {
-                self.exchange.response.as_ref().and_then(|response| capture::header(&response.headers, name))
-            }
+            (Direction::Request, ":method") => Some(view.method),
+            (Direction::Request, ":path") => Some(view.target.as_ref()),
+            (Direction::Request, ":authority") => Some(view.host.as_ref()),
+            (Direction::Request, ":scheme") => Some("http"),
+            (Direction::Request, name) => field(&view.request_headers, name),
+            (Direction::Response, ":status") => return Ok(Some(view.status.to_string().into_bytes())),
+            (Direction::Response, name) => field(&view.response_headers, name),
         };
         Ok(value.map(|value| value.as_bytes().to_vec()))
     }
@@ -43,7 +48,11 @@ impl Host for Memory<'_> {
     }
 
     fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
-        self.state.insert(key.to_owned(), value.to_owned());
+        match key {
+            filter_state::REQUEST => self.found.set_request(value),
+            filter_state::RESPONSE => self.found.set_response(value),
+            _ => {}
+        }
         Ok(())
     }
 
@@ -56,34 +65,47 @@ impl Host for Memory<'_> {
     fn log(&mut self, _level: Level, _line: &str) {}
 }
 
-/// Inspects one exchange that [`wire::on_the_wire`] has mapped.
-pub fn inspect(plugin: &mut Plugin, exchange: &Exchange) -> Verdicts {
-    let mut host = Memory { exchange, state: BTreeMap::new() };
+/// Inspects one exchange; bodies come in pieces as `cuts` says.
+pub(super) fn judge(plugin: &mut Plugin, view: &View<'_>, cuts: Cuts, found: &mut Found) {
+    let mut host = Memory { view, found };
     let mut inspection = session::Exchange::default();
-    run(plugin, &mut host, &mut inspection, exchange);
+    pass(plugin, &mut host, &mut inspection, view, cuts);
     inspection.done(plugin, &mut host);
-    Verdicts {
-        request: host.state.remove(filter_state::REQUEST),
-        response: host.state.remove(filter_state::RESPONSE),
-        failure: None,
-    }
 }
 
-fn run(plugin: &mut Plugin, host: &mut Memory<'_>, inspection: &mut session::Exchange, exchange: &Exchange) {
-    let body = &exchange.request.body;
-    let mut step = inspection.request_headers(plugin, host, body.is_empty());
-    if step != Step::Answered && !body.is_empty() {
-        step = inspection.request_body(plugin, host, Ok(body), true);
+fn pass(
+    plugin: &mut Plugin,
+    host: &mut Memory<'_>,
+    inspection: &mut session::Exchange,
+    view: &View<'_>,
+    mut cuts: Cuts,
+) {
+    let mut step = inspection.request_headers(plugin, host, view.request_body.is_empty());
+    cuts.each(view.request_body, |piece, last| {
+        if step != Step::Answered {
+            step = inspection.request_body(plugin, host, Ok(piece), last);
+        }
+    });
+    if step == Step::Answered {
+        return;
     }
-    let Some(response) = exchange.response.as_ref().filter(|_| step != Step::Answered) else { return };
-    step = inspection.response_headers(plugin, host, response.body.is_empty());
-    if step != Step::Answered && !response.body.is_empty() {
-        inspection.response_body(plugin, host, Ok(&response.body), true);
-    }
+    step = inspection.response_headers(plugin, host, view.response_body.is_empty());
+    cuts.each(view.response_body, |piece, last| {
+        if step != Step::Answered {
+            step = inspection.response_body(plugin, host, Ok(piece), last);
+        }
+    });
+}
+
+/// Inspects one exchange that [`wire::on_the_wire`] has mapped.
+pub fn inspect(plugin: &mut Plugin, exchange: &capture::Exchange) -> Verdicts {
+    let mut found = Found::default();
+    judge(plugin, &View::of_mapped(exchange), Cuts::whole(), &mut found);
+    found.into_verdicts()
 }
 
 /// Maps and inspects one exchange.
-pub fn replay(plugin: &mut Plugin, exchange: Exchange) -> Verdicts {
+pub fn replay(plugin: &mut Plugin, exchange: capture::Exchange) -> Verdicts {
     match wire::on_the_wire(exchange) {
         Ok(exchange) => inspect(plugin, &exchange),
         Err(reason) => Verdicts::failed(&reason),

@@ -4,24 +4,25 @@
 //! module gives the native verdicts, at a speed that a whole capture can be replayed with.
 //!
 //! Cost: the module's compilation once (seconds), then a few microseconds a callback beside the
-//! inspection. Bodies are reported in chunks of [`CHUNK_BYTES`], as a proxy reads them.
+//! inspection. Bodies are reported in chunks, as a proxy reads them. The guest's clock is the capture's.
 
 use std::path::PathBuf;
 
 use driftlock_inspect::session::filter_state;
 
-use super::{Verdicts, wire};
+use super::cuts::Cuts;
+use super::wire::{self, View};
+use super::{Found, Verdicts};
 use crate::abi::{
-    AbiError, HeaderMap, LogLevel, LogSink, Module, Plugin, PluginOptions, SharedState, Step, StreamId,
+    AbiError, Clock, HeaderMap, LogLevel, LogSink, Module, Plugin, PluginOptions, SharedState, Step,
+    StreamId, VirtualClock,
 };
 use crate::capture::Exchange;
-
-/// Envoy reads bodies in pieces of about this size.
-pub const CHUNK_BYTES: usize = 32 << 10;
 
 /// One VM that replays.
 pub struct WasmReplay {
     plugin: Plugin,
+    clock: VirtualClock,
 }
 
 /// Why the module could not replay.
@@ -48,13 +49,15 @@ impl WasmReplay {
     /// [`AbiError`] if the module does not compile or start, or refuses the configuration.
     pub fn start(module: &Module, plugin_configuration: Vec<u8>) -> Result<Self, AbiError> {
         let log = LogSink::new(LogLevel::Error, |line| tracing::error!("filter: {}", line.message));
+        let clock = VirtualClock::at_ns(0);
         let options = PluginOptions {
             plugin_configuration,
             log,
+            clock: Clock::Virtual(clock.clone()),
             shared: SharedState::new(),
             ..PluginOptions::default()
         };
-        Ok(Self { plugin: Plugin::start(module, options)? })
+        Ok(Self { plugin: Plugin::start(module, options)?, clock })
     }
 
     /// Maps and replays one exchange.
@@ -66,68 +69,74 @@ impl WasmReplay {
             Ok(exchange) => exchange,
             Err(reason) => return Ok(Verdicts::failed(&reason)),
         };
+        let mut found = Found::default();
+        self.judge(&View::of_mapped(&exchange), None, Cuts::chunks(), &mut found)?;
+        Ok(found.into_verdicts())
+    }
+
+    /// Replays one exchange; the guest's clock is set to `unix_ns`, where it is known.
+    pub(super) fn judge(
+        &mut self,
+        view: &View<'_>,
+        unix_ns: Option<u64>,
+        cuts: Cuts,
+        found: &mut Found,
+    ) -> Result<(), AbiError> {
+        if let Some(unix_ns) = unix_ns {
+            self.clock.set_ns(unix_ns);
+        }
         let stream = self.plugin.stream()?;
-        let passed = self.pass(stream, &exchange);
+        let passed = self.pass(stream, view, cuts);
         let ended = self.plugin.done(stream)?;
         passed?;
         if let Some(error) = ended.error {
             return Err(error);
         }
-        let state = |key: &str| {
-            let value = ended.filter_state.get(&format!("wasm.{key}"))?;
-            Some(String::from_utf8_lossy(value).into_owned())
-        };
-        Ok(Verdicts {
-            request: state(filter_state::REQUEST),
-            response: state(filter_state::RESPONSE),
-            failure: None,
-        })
-    }
-
-    fn pass(&mut self, stream: StreamId, exchange: &Exchange) -> Result<(), AbiError> {
-        let request = &exchange.request;
-        let head =
-            [(":method", request.method.as_str()), (":path", request.target.as_str()), (":scheme", "http")];
-        let mut step = self.plugin.request_headers(
-            stream,
-            header_map(&head, &request.headers),
-            request.body.is_empty(),
-        )?;
-        for (chunk, last) in chunks(&request.body) {
-            if !matches!(step, Step::Forward(_) | Step::Hold) {
-                break;
-            }
-            step = self.plugin.request_body(stream, chunk, last)?;
+        let state = |key: &str| ended.filter_state.get(&format!("wasm.{key}"));
+        if let Some(json) = state(filter_state::REQUEST) {
+            found.set_request(&String::from_utf8_lossy(json));
         }
-        let Some(response) = &exchange.response else { return Ok(()) };
-        if !matches!(step, Step::Forward(_)) {
-            return Ok(());
-        }
-        let status = response.status.to_string();
-        let headers = header_map(&[(":status", &status)], &response.headers);
-        step = self.plugin.response_headers(stream, headers, response.body.is_empty())?;
-        for (chunk, last) in chunks(&response.body) {
-            if !matches!(step, Step::Forward(_) | Step::Hold) {
-                break;
-            }
-            step = self.plugin.response_body(stream, chunk, last)?;
+        if let Some(json) = state(filter_state::RESPONSE) {
+            found.set_response(&String::from_utf8_lossy(json));
         }
         Ok(())
     }
+
+    fn pass(&mut self, stream: StreamId, view: &View<'_>, mut cuts: Cuts) -> Result<(), AbiError> {
+        let head = [
+            (":method", view.method),
+            (":path", view.target.as_ref()),
+            (":scheme", "http"),
+            (":authority", view.host.as_ref()),
+        ];
+        let no_body = view.request_body.is_empty();
+        let plugin = &mut self.plugin;
+        let mut step = plugin.request_headers(stream, header_map(&head, &view.request_headers), no_body);
+        cuts.each(view.request_body, |piece, last| {
+            if matches!(step, Ok(Step::Forward(_) | Step::Hold)) {
+                step = plugin.request_body(stream, piece, last);
+            }
+        });
+        if !matches!(step?, Step::Forward(_)) {
+            return Ok(());
+        }
+        let status = view.status.to_string();
+        let headers = header_map(&[(":status", &status)], &view.response_headers);
+        let mut step = plugin.response_headers(stream, headers, view.response_body.is_empty());
+        cuts.each(view.response_body, |piece, last| {
+            if matches!(step, Ok(Step::Forward(_) | Step::Hold)) {
+                step = plugin.response_body(stream, piece, last);
+            }
+        });
+        step.map(|_| ())
+    }
 }
 
-fn header_map(pseudo: &[(&str, &str)], headers: &[(String, String)]) -> HeaderMap {
+fn header_map(pseudo: &[(&str, &str)], headers: &[(&str, &str)]) -> HeaderMap {
     let mut map = HeaderMap::with_capacity(pseudo.len() + headers.len());
     pseudo.iter().for_each(|(name, value)| map.add(name.as_bytes(), value.as_bytes()));
     for (name, value) in headers {
-        let name = if name.eq_ignore_ascii_case("host") { ":authority" } else { name.as_str() };
-        map.add(name.as_bytes(), value.as_bytes());
+        map.add(name.to_ascii_lowercase().as_bytes(), value.as_bytes());
     }
     map
-}
-
-/// The body's pieces, each with whether it is the last; none for an empty body.
-fn chunks(body: &[u8]) -> impl Iterator<Item = (&[u8], bool)> {
-    let last = body.len().div_ceil(CHUNK_BYTES).saturating_sub(1);
-    body.chunks(CHUNK_BYTES).enumerate().map(move |(i, chunk)| (chunk, i == last))
 }

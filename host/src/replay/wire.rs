@@ -17,9 +17,11 @@
 //! * `accept-encoding` is kept: the replaying upstream ignores it and answers as recorded.
 //! * response: no body where HTTP has none (to HEAD, 204, 304).
 //!
-//! Cost: one pass over the head; bodies are moved.
+//! Cost: one pass over the head; [`view`] copies only what it has to encode.
 
-use crate::capture::{Exchange, HttpRequest, HttpResponse};
+use std::borrow::Cow;
+
+use crate::capture::{Exchange, Fields, Headers, RequestRef, ResponseRef, header};
 
 /// The request header that carries an exchange's number to the replaying upstream and into the
 /// access log. Filters must not inspect it.
@@ -119,67 +121,146 @@ pub enum NotSendable {
     NoResponse,
 }
 
-/// The exchange as a client sends it and as the upstream answers, see the module's mapping.
+/// An exchange as it crosses the wire, without a copy of what is sent as it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View<'a> {
+    /// Method token.
+    pub method: &'a str,
+    /// Origin form.
+    pub target: Cow<'a, str>,
+    /// The value of `host`.
+    pub host: Cow<'a, str>,
+    /// The other fields that are sent, names as captured.
+    pub request_headers: Fields<'a>,
+    /// The request's body.
+    pub request_body: &'a [u8],
+    /// Final status.
+    pub status: u16,
+    /// The fields that are sent, names as captured.
+    pub response_headers: Fields<'a>,
+    /// The response's body, empty where HTTP has none.
+    pub response_body: &'a [u8],
+}
+
+/// Maps an exchange without copying it; see the module.
 ///
 /// # Errors
 /// [`NotSendable`] with the first thing that no HTTP/1.1 message can carry.
-pub fn on_the_wire(exchange: Exchange) -> Result<Exchange, NotSendable> {
-    let Exchange { id, label, request, response } = exchange;
-    let request = wire_request(request)?;
-    let response = wire_response(response.ok_or(NotSendable::NoResponse)?, &request.method)?;
-    Ok(Exchange { id, label, request, response: Some(response) })
-}
-
-fn wire_request(request: HttpRequest) -> Result<HttpRequest, NotSendable> {
-    let HttpRequest { method, target, headers, body } = request;
-    if !METHODS.contains(&method.as_str()) {
-        return Err(NotSendable::Method(method));
+pub fn view<'a>(request: RequestRef<'a>, response: ResponseRef<'a>) -> Result<View<'a>, NotSendable> {
+    let RequestRef { method, target, headers, body } = request;
+    if !METHODS.contains(&method) {
+        return Err(NotSendable::Method(method.to_owned()));
     }
-    let target = wire_target(&target)?;
+    let target = wire_target(target)?;
     let host = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
-    let host = host.map_or("replay.invalid", |(_, value)| value.as_str()).trim().to_owned();
-    check_value("request", "host", &host)?;
-    let host = wire_host(&host);
-    let mut fields = vec![("host".to_owned(), host)];
-    fields.extend(wire_headers("request", headers)?.into_iter().filter(|(name, _)| name != "host"));
-    check_size("request head", target.len() + size(&fields), HEAD_MAX_BYTES)?;
+    let host = host.map_or("replay.invalid", |(_, value)| value).trim();
+    check_value("request", "host", host)?;
+    let host = encoded(host, is_host_byte);
+    let mut request_headers = wire_headers("request", headers)?;
+    request_headers.retain(|(name, _)| !name.eq_ignore_ascii_case("host"));
+    let host_size = field_size("host", &host);
+    check_size("request head", target.len() + host_size + size(&request_headers), HEAD_MAX_BYTES)?;
     check_size("request body", body.len(), BODY_MAX_BYTES)?;
-    Ok(HttpRequest { method, target, headers: fields, body })
-}
 
-fn wire_response(response: HttpResponse, method: &str) -> Result<HttpResponse, NotSendable> {
-    let HttpResponse { status, headers, mut body } = response;
+    let ResponseRef { status, headers, body: mut response_body } = response;
     if !(200..=599).contains(&status) {
         return Err(NotSendable::Status(status));
     }
     if matches!(status, 204 | 304) || method == "HEAD" {
-        body.clear();
+        response_body = &[];
     }
-    let headers = wire_headers("response", headers)?;
-    check_size("response head", size(&headers), HEAD_MAX_BYTES)?;
-    check_size("response body", body.len(), BODY_MAX_BYTES)?;
-    Ok(HttpResponse { status, headers, body })
+    let response_headers = wire_headers("response", headers)?;
+    check_size("response head", size(&response_headers), HEAD_MAX_BYTES)?;
+    check_size("response body", response_body.len(), BODY_MAX_BYTES)?;
+    Ok(View {
+        method,
+        target,
+        host,
+        request_headers,
+        request_body: body,
+        status,
+        response_headers,
+        response_body,
+    })
+}
+
+impl<'a> View<'a> {
+    /// Of an exchange that [`on_the_wire`] has mapped; one without a response is answered with an empty
+    /// 204.
+    pub fn of_mapped(exchange: &'a Exchange) -> Self {
+        let (request, response) = exchange.messages();
+        let response = response.unwrap_or(ResponseRef { status: 204, headers: Vec::new(), body: &[] });
+        let host = header(&exchange.request.headers, "host").unwrap_or_default();
+        let mut request_headers = request.headers;
+        request_headers.retain(|(name, _)| !name.eq_ignore_ascii_case("host"));
+        Self {
+            method: request.method,
+            target: Cow::Borrowed(request.target),
+            host: Cow::Borrowed(host),
+            request_headers,
+            request_body: request.body,
+            status: response.status,
+            response_headers: response.headers,
+            response_body: response.body,
+        }
+    }
+}
+
+/// The exchange as a client sends it and as the upstream answers, see the module's mapping. Names are in
+/// lower case and `host` comes first.
+///
+/// # Errors
+/// [`NotSendable`] with the first thing that no HTTP/1.1 message can carry.
+pub fn on_the_wire(mut exchange: Exchange) -> Result<Exchange, NotSendable> {
+    let (request, response) = exchange.messages();
+    let View { target, host, request_headers, response_headers, response_body, .. } =
+        view(request, response.ok_or(NotSendable::NoResponse)?)?;
+    let owned = |headers: Fields<'_>| -> Headers {
+        headers.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned())).collect()
+    };
+    let has_body = !response_body.is_empty();
+    let target = target.into_owned();
+    let mut fields = vec![("host".to_owned(), host.into_owned())];
+    fields.extend(owned(request_headers));
+    let response_headers = owned(response_headers);
+    exchange.request.target = target;
+    exchange.request.headers = fields;
+    if let Some(response) = &mut exchange.response {
+        response.headers = response_headers;
+        if !has_body {
+            response.body.clear();
+        }
+    }
+    Ok(exchange)
 }
 
 /// Recordings have placeholders such as `<REGION>` in host names; Envoy answers 400 to those.
-fn wire_host(host: &str) -> String {
-    let mut wire = String::with_capacity(host.len());
-    for byte in host.bytes() {
-        push_byte(&mut wire, byte, b"-._~!$&'()*+,;=:[]%");
-    }
-    wire
+fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(&byte)
 }
 
-/// The byte itself if it is alphanumeric or in `allowed`, its percent-encoding otherwise.
-fn push_byte(wire: &mut String, byte: u8, allowed: &[u8]) {
-    if byte.is_ascii_alphanumeric() || allowed.contains(&byte) {
-        wire.push(char::from(byte));
-    } else {
-        wire.push_str(&format!("%{byte:02X}"));
-    }
+/// RFC 3986: pchar, '/', '?', and '%' of escapes that are there already.
+fn is_target_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?%".contains(&byte)
 }
 
-fn wire_target(target: &str) -> Result<String, NotSendable> {
+/// The text, with a percent-encoding for each byte that is not allowed.
+fn encoded(text: &str, allowed: impl Fn(u8) -> bool) -> Cow<'_, str> {
+    if text.bytes().all(&allowed) {
+        return Cow::Borrowed(text);
+    }
+    let mut wire = String::with_capacity(text.len() + 16);
+    for byte in text.bytes() {
+        if allowed(byte) {
+            wire.push(char::from(byte));
+        } else {
+            wire.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    Cow::Owned(wire)
+}
+
+fn wire_target(target: &str) -> Result<Cow<'_, str>, NotSendable> {
     let origin = match target.split_once("://") {
         // Absolute form: the authority ends where path or query begins.
         Some((scheme, rest)) if !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphabetic()) => {
@@ -190,41 +271,36 @@ fn wire_target(target: &str) -> Result<String, NotSendable> {
     if origin == "*" {
         return Err(NotSendable::Target(target.to_owned()));
     }
-    let mut wire = String::with_capacity(origin.len() + 1);
-    if !origin.starts_with('/') {
-        wire.push('/');
-    }
-    for byte in origin.bytes() {
-        // RFC 3986: pchar, '/', '?', and '%' of escapes that are there already.
-        push_byte(&mut wire, byte, b"-._~!$&'()*+,;=:@/?%");
-    }
-    Ok(wire)
+    let wire = encoded(origin, is_target_byte);
+    Ok(if wire.starts_with('/') { wire } else { Cow::Owned(format!("/{wire}")) })
 }
 
-fn wire_headers(
-    part: &'static str,
-    headers: Vec<(String, String)>,
-) -> Result<Vec<(String, String)>, NotSendable> {
-    let named: Vec<String> = headers
+fn wire_headers<'a>(part: &'static str, mut headers: Fields<'a>) -> Result<Fields<'a>, NotSendable> {
+    let named: Vec<&str> = headers
         .iter()
         .filter(|(name, _)| name.eq_ignore_ascii_case("connection"))
         .flat_map(|(_, value)| value.split(','))
-        .map(|name| name.trim().to_ascii_lowercase())
+        .map(str::trim)
         .collect();
-    let mut kept = Vec::with_capacity(headers.len());
-    for (name, value) in headers {
-        let name = name.trim().to_ascii_lowercase();
-        if DROPPED.contains(&name.as_str()) || named.contains(&name) {
-            continue;
+    let mut refused = None;
+    headers.retain_mut(|(name, value)| {
+        *name = name.trim();
+        let one_hop = |dropped: &&str| dropped.eq_ignore_ascii_case(name);
+        if refused.is_some() || DROPPED.iter().any(one_hop) || named.iter().any(one_hop) {
+            return false;
         }
+        *value = value.trim_matches([' ', '\t']);
         if name.is_empty() || !name.bytes().all(is_token) {
-            return Err(NotSendable::Header { part, name });
+            refused = Some(NotSendable::Header { part, name: name.to_ascii_lowercase() });
+        } else if let Err(error) = check_value(part, name, value) {
+            refused = Some(error);
         }
-        let value = value.trim_matches([' ', '\t']);
-        check_value(part, &name, value)?;
-        kept.push((name, value.to_owned()));
+        true
+    });
+    match refused {
+        Some(error) => Err(error),
+        None => Ok(headers),
     }
-    Ok(kept)
 }
 
 fn check_value(part: &'static str, name: &str, value: &str) -> Result<(), NotSendable> {
@@ -232,16 +308,20 @@ fn check_value(part: &'static str, name: &str, value: &str) -> Result<(), NotSen
     if value.bytes().all(|b| b == b'\t' || (b >= b' ' && b != 0x7f)) {
         return Ok(());
     }
-    Err(NotSendable::Header { part, name: name.to_owned() })
+    Err(NotSendable::Header { part, name: name.to_ascii_lowercase() })
 }
 
 fn check_size(part: &'static str, bytes: usize, limit: usize) -> Result<(), NotSendable> {
     if bytes > limit { Err(NotSendable::TooLarge { part, bytes, limit }) } else { Ok(()) }
 }
 
-fn size(headers: &[(String, String)]) -> usize {
-    // Name, colon, blank, value, line end.
-    headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum()
+fn size(headers: &[(&str, &str)]) -> usize {
+    headers.iter().map(|(name, value)| field_size(name, value)).sum()
+}
+
+/// Name, colon, blank, value, line end.
+fn field_size(name: &str, value: &str) -> usize {
+    name.len() + value.len() + 4
 }
 
 /// RFC 9110 section 5.6.2.
@@ -252,7 +332,7 @@ fn is_token(byte: u8) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::header;
+    use crate::capture::{HttpRequest, HttpResponse};
 
     fn exchange(target: &str, headers: &[(&str, &str)], status: u16, body: &str) -> Exchange {
         let pairs = |headers: &[(&str, &str)]| {
