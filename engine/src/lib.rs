@@ -29,6 +29,7 @@ pub mod adapters;
 pub mod baseline;
 pub mod calibrate;
 pub mod coder;
+pub mod contrast;
 pub mod detector;
 pub mod drift;
 pub mod evidence;

@@ -24,7 +24,7 @@
 //! - C. Shannon, "A mathematical theory of communication", Bell System Technical Journal 27, 1948.
 
 /// Fractional bits of the logarithm.
-const LOG_FRACTION_BITS: u32 = 32;
+pub(crate) const LOG_FRACTION_BITS: u32 = 32;
 
 /// C(x) in bits per byte of x: `C(x) / |x|`. 8 is no compression. None for an empty text.
 pub fn bits_per_byte(code_length_bits: u64, text_bytes: u64) -> Option<f64> {
@@ -136,7 +136,7 @@ pub fn entropy_bits_per_byte(text: &[u8]) -> Option<f64> {
 
 /// log2(x) in 2^-32, rounded down, by repeated squaring of the mantissa (Knuth, TAOCP 1, section 1.2.2,
 /// exercise 25, in base 2). `x` of 0 counts as 1.
-fn log2(x: u64) -> u64 {
+pub(crate) fn log2(x: u64) -> u64 {
     let x = x.max(1);
     let exponent = 63 - x.leading_zeros();
     // Mantissa in [1, 2) with 63 fractional bits.

@@ -1,7 +1,7 @@
 //! `driftlock eval`: how well anomalies are told from normal messages, by a fixed protocol.
 //!
 //! What: `protocol.rs` says which texts train and which are tested, `detector.rs` what is compared,
-//! `figures.rs` what is computed, `report.rs` and `plot.rs` how it is shown. One configuration for every
+//! `contrast.rs` what reference attacks add, `figures.rs` what is computed, `report.rs` and `plot.rs` how it is shown. One configuration for every
 //! file; every detector is fitted and calibrated on the same texts.
 //!
 //! Reported for each detector and file: AUROC, the true-positive rate at 1 % and 0.1 % false positives, the
@@ -13,6 +13,7 @@
 //! Cost: some seconds a file and detector. Left out on purpose: choosing anything by looking at the
 //! attacks.
 
+mod contrast;
 mod detector;
 mod figures;
 mod plot;
@@ -56,6 +57,10 @@ pub struct Args {
     /// Write ROC and precision-recall curves of the first seed into this directory, as SVG.
     #[arg(long)]
     pub plots: Option<PathBuf>,
+    /// Labelled captures with known attacks: adds the detector `contrast`, for which the family under test
+    /// is left out of them. Can be the evaluated file itself; can be repeated.
+    #[arg(long)]
+    pub reference: Vec<PathBuf>,
     /// Before the default routes of `ncd`: KIND:MAX_BYTES:ADAPTER, such as text:32000:deflate. Can be
     /// repeated; the first that fits counts.
     #[arg(long, value_parser = parse_route)]
@@ -78,6 +83,12 @@ pub enum EvalError {
         path: PathBuf,
         /// How many there are.
         normals: usize,
+    },
+    /// Nothing to contrast with.
+    #[error("the reference files have no attack of a family other than {family:?}; add a file that has")]
+    NoReference {
+        /// The family left out.
+        family: String,
     },
     /// A compressor.
     #[error(transparent)]
@@ -114,13 +125,13 @@ struct Scored {
 }
 
 impl Scored {
-    fn new(detector: Box<dyn Detector>, split: &Split, attacks: &[Sample]) -> Result<Self, EvalError> {
+    fn new(detector: Box<dyn Detector>, split: &Split) -> Result<Self, EvalError> {
         let mut detector = Calibrated::new(detector, &split.calibrate)?;
         let mut score = |samples: &[Sample]| -> Result<Vec<i64>, EvalError> {
             samples.iter().map(|sample| detector.detector.statistic(sample)).collect()
         };
         let started = Instant::now();
-        let (normals, attacks) = (score(&split.test)?, score(attacks)?);
+        let (normals, attacks) = (score(&split.test)?, score(&split.attacks)?);
         let seconds = started.elapsed().as_secs_f64();
         Ok(Self { detector, normals, attacks, seconds })
     }
@@ -194,21 +205,32 @@ pub fn evaluate(path: &Path, args: &Args) -> Result<Vec<Evaluation>, EvalError> 
     let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let router = Router::with(&args.route)?;
     let set = Set::read(path)?;
-    let mut evaluations: Vec<(&'static str, Vec<Evaluation>)> = Vec::new();
+    let mut references = Vec::new();
+    for path in &args.reference {
+        references.extend(Set::read(path)?.attacks);
+    }
+    // By detector, its seeds.
+    let mut evaluations: Vec<Vec<Evaluation>> = Vec::new();
     let mut curves = Vec::new();
     for seed in args.seed..args.seed.saturating_add(args.seeds) {
         let split = set.split(path, seed)?;
+        let mut of_seed = Vec::new();
         let repeated = |at: usize| args.detector[..at].contains(&args.detector[at]);
         for detector in (0..args.detector.len()).filter(|at| !repeated(*at)).map(|at| args.detector[at]) {
             let name = detector.name();
-            let mut scored = Scored::new(detector.fit(&split, &router)?, &split, &split.attacks)?;
+            let mut scored = Scored::new(detector.fit(&split, &router)?, &split)?;
             if args.plots.is_some() && seed == args.seed {
                 curves.push((name, Ranked::new(&scored.normals, &scored.attacks)));
             }
-            let evaluation = scored.evaluation(&file, name, &split, seed)?;
-            match evaluations.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, all)) => all.push(evaluation),
-                None => evaluations.push((name, vec![evaluation])),
+            of_seed.push(scored.evaluation(&file, name, &split, seed)?);
+        }
+        if !references.is_empty() {
+            of_seed.extend(contrast::evaluate(&file, &split, &references, seed)?);
+        }
+        for evaluation in of_seed {
+            match evaluations.iter_mut().find(|all| all[0].detector == evaluation.detector) {
+                Some(all) => all.push(evaluation),
+                None => evaluations.push(vec![evaluation]),
             }
         }
     }
@@ -216,7 +238,7 @@ pub fn evaluate(path: &Path, args: &Args) -> Result<Vec<Evaluation>, EvalError> 
         let stem = file.split('.').next().unwrap_or(&file);
         plot::draw(directory, stem, &curves)?;
     }
-    Ok(evaluations.into_iter().filter_map(|(_, all)| Evaluation::over_seeds(all)).collect())
+    Ok(evaluations.iter().filter_map(|all| Evaluation::over_seeds(all)).collect())
 }
 
 /// Runs `driftlock eval`.
@@ -352,6 +374,35 @@ mod tests {
         let [five, six] = [&once("5")[0], &once("6")[0]].map(|e| e.all.figures.auroc.unwrap());
         assert!((both[0].all.figures.auroc.unwrap() - (five + six) / 2.0).abs() < 1e-12);
         assert_eq!(both[0].worst.unwrap().auroc, Some(five.min(six)));
+    }
+
+    /// Two families of injection and one of scripts; what the first two share helps to find either.
+    #[test]
+    fn contrast_leaves_the_tested_family_out() {
+        let mut file = labelled();
+        for i in 0..40 {
+            let text = format!("GET /orders/{i}?page=2; DELETE FROM users WHERE password LIKE 1--");
+            let row = serde_json::json!({"id": i, "label": "delete", "kind": "http_request", "text": text});
+            writeln!(file, "{row}").unwrap();
+        }
+        let path = file.path().to_str().unwrap();
+        let with = evaluate(file.path(), &args(&["--detector", "deflate", "--reference", path])).unwrap();
+        let [_, contrast] = &with[..] else { panic!("two detectors") };
+        assert_eq!((contrast.detector, contrast.all.figures.n_attack), ("contrast", 120));
+        let aurocs: Vec<f64> = contrast.labels.values().map(|d| d.figures.auroc.unwrap()).collect();
+        assert_eq!(aurocs.len(), 3);
+        let mean = aurocs.iter().sum::<f64>() / 3.0;
+        assert!((contrast.all.figures.auroc.unwrap() - mean).abs() < 1e-12 && mean > 0.95, "{aurocs:?}");
+        assert!(contrast.fpr_at_alpha_1pct <= 0.06);
+        // One family alone leaves nothing to refer to.
+        let mut alone = tempfile::NamedTempFile::new().unwrap();
+        let row = serde_json::json!({"id": 1, "label": "sqli", "kind": "http_request", "text": "x' OR 1=1"});
+        writeln!(alone, "{row}").unwrap();
+        let row = serde_json::json!({"id": 1, "label": "normal", "kind": "http_request", "text": "x"});
+        writeln!(alone, "{row}").unwrap();
+        let alone = alone.path().to_str().unwrap();
+        let refused = evaluate(file.path(), &args(&["--reference", alone]));
+        assert!(matches!(refused, Err(EvalError::NoReference { family }) if family == "sqli"));
     }
 
     #[test]

@@ -1,15 +1,14 @@
 //! What an evaluation says: one JSON object, or rows of a table.
 //!
-//! What: [`Evaluation`] is one detector on one file. With several seeds, [`Evaluation::over_seeds`] gives
-//! the mean of each figure, the worst beside it, and for each interval the lowest lower and the highest
-//! upper end.
+//! What: [`Evaluation`] is one detector on one file. Over several seeds each figure is a mean, with the
+//! worst beside it, and so is each end of an interval, which is then wider than an interval of the mean.
 
 use std::collections::BTreeMap;
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use super::figures::{Figures, Intervals};
+use super::figures::{Figures, Interval, Intervals};
 
 /// Detection of one group of attacks, with how sure it is and what length alone does not explain.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -95,39 +94,54 @@ impl Figures {
     }
 }
 
-impl Intervals {
-    /// The lowest lower and the highest upper end.
-    fn outermost(all: &[Self]) -> Self {
-        Self {
-            auroc: outermost(all.iter().map(|i| i.auroc)),
-            tpr_at_fpr_1pct: outermost(all.iter().map(|i| i.tpr_at_fpr_1pct)),
-            tpr_at_fpr_01pct: outermost(all.iter().map(|i| i.tpr_at_fpr_01pct)),
-        }
-    }
-}
-
 impl Detection {
-    fn over_seeds(all: &[&Self]) -> Self {
-        let collect = |of: fn(&Self) -> Figures| all.iter().map(|d| of(d)).collect::<Vec<_>>();
+    fn mean(all: &[&Self]) -> Self {
+        let figures =
+            |of: fn(&Self) -> Figures| Figures::mean(&all.iter().map(|d| of(d)).collect::<Vec<_>>());
+        let ends = |of: fn(&Intervals) -> Option<Interval>| {
+            mean_ends(all.iter().map(|detection| of(&detection.confidence_intervals)))
+        };
         Self {
-            figures: Figures::mean(&collect(|d| d.figures)),
-            confidence_intervals: Intervals::outermost(
-                &all.iter().map(|d| d.confidence_intervals).collect::<Vec<_>>(),
-            ),
-            length_matched: Figures::mean(&collect(|d| d.length_matched)),
+            figures: figures(|d| d.figures),
+            confidence_intervals: Intervals {
+                auroc: ends(|i| i.auroc),
+                tpr_at_fpr_1pct: ends(|i| i.tpr_at_fpr_1pct),
+                tpr_at_fpr_01pct: ends(|i| i.tpr_at_fpr_01pct),
+            },
+            length_matched: figures(|d| d.length_matched),
         }
     }
 }
 
 impl Evaluation {
     /// One evaluation of several seeds; none of none.
-    pub(crate) fn over_seeds(all: Vec<Self>) -> Option<Self> {
-        if all.len() < 2 {
-            return all.into_iter().next();
-        }
-        let average = |of: fn(&Self) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
+    pub(crate) fn over_seeds(all: &[Self]) -> Option<Self> {
         let least = |of: fn(&Self) -> Option<f64>| all.iter().filter_map(of).min_by(f64::total_cmp);
         let largest = |of: fn(&Self) -> f64| all.iter().map(of).fold(0.0, f64::max);
+        let worst = Worst {
+            auroc: least(|e| e.all.figures.auroc),
+            tpr_at_fpr_1pct: least(|e| e.all.figures.tpr_at_fpr_1pct),
+            tpr_at_fpr_01pct: least(|e| e.all.figures.tpr_at_fpr_01pct),
+            fpr_at_alpha_1pct: largest(|e| e.fpr_at_alpha_1pct),
+            fpr_at_alpha_01pct: largest(|e| e.fpr_at_alpha_01pct),
+        };
+        let mean = Self::mean(all)?;
+        Some(Self { seeds: all.len(), worst: (all.len() > 1).then_some(worst), ..mean })
+    }
+
+    /// One evaluation of several families of attacks, each with its own detector; none of none.
+    pub(crate) fn over_families(all: &[Self]) -> Option<Self> {
+        let mut mean = Self::mean(all)?;
+        mean.all.figures.n_attack = all.iter().map(|e| e.all.figures.n_attack).sum();
+        mean.all.length_matched.n_attack = all.iter().map(|e| e.all.length_matched.n_attack).sum();
+        Some(mean)
+    }
+
+    fn mean(all: &[Self]) -> Option<Self> {
+        let average = |of: fn(&Self) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
+        let ends = |of: fn(&FalsePositiveIntervals) -> Option<Interval>| {
+            mean_ends(all.iter().map(|evaluation| of(&evaluation.false_positive_intervals)))
+        };
         let mut labels: BTreeMap<String, Vec<&Detection>> = BTreeMap::new();
         for (label, detection) in all.iter().flat_map(|evaluation| &evaluation.labels) {
             labels.entry(label.clone()).or_default().push(detection);
@@ -136,31 +150,21 @@ impl Evaluation {
         Some(Self {
             file: first.file.clone(),
             detector: first.detector,
-            all: Detection::over_seeds(&all.iter().map(|e| &e.all).collect::<Vec<_>>()),
+            all: Detection::mean(&all.iter().map(|e| &e.all).collect::<Vec<_>>()),
             fpr_at_alpha_1pct: average(|e| e.fpr_at_alpha_1pct),
             fpr_at_alpha_01pct: average(|e| e.fpr_at_alpha_01pct),
             false_positive_intervals: FalsePositiveIntervals {
-                fpr_at_alpha_1pct: outermost(
-                    all.iter().map(|e| e.false_positive_intervals.fpr_at_alpha_1pct),
-                ),
-                fpr_at_alpha_01pct: outermost(
-                    all.iter().map(|e| e.false_positive_intervals.fpr_at_alpha_01pct),
-                ),
+                fpr_at_alpha_1pct: ends(|i| i.fpr_at_alpha_1pct),
+                fpr_at_alpha_01pct: ends(|i| i.fpr_at_alpha_01pct),
             },
             bits_per_byte: average(|e| e.bits_per_byte),
             us_per_message: average(|e| e.us_per_message),
             mb_per_s: average(|e| e.mb_per_s),
             n_train: first.n_train,
             n_normal: first.n_normal,
-            seeds: all.iter().map(|e| e.seeds).sum(),
-            worst: Some(Worst {
-                auroc: least(|e| e.all.figures.auroc),
-                tpr_at_fpr_1pct: least(|e| e.all.figures.tpr_at_fpr_1pct),
-                tpr_at_fpr_01pct: least(|e| e.all.figures.tpr_at_fpr_01pct),
-                fpr_at_alpha_1pct: largest(|e| e.fpr_at_alpha_1pct),
-                fpr_at_alpha_01pct: largest(|e| e.fpr_at_alpha_01pct),
-            }),
-            labels: labels.iter().map(|(label, all)| (label.clone(), Detection::over_seeds(all))).collect(),
+            seeds: 1,
+            worst: None,
+            labels: labels.iter().map(|(label, all)| (label.clone(), Detection::mean(all))).collect(),
         })
     }
 }
@@ -170,10 +174,10 @@ fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
-fn outermost(intervals: impl Iterator<Item = Option<[f64; 2]>>) -> Option<[f64; 2]> {
-    intervals
-        .flatten()
-        .reduce(|[low, high], [other_low, other_high]| [low.min(other_low), high.max(other_high)])
+fn mean_ends(intervals: impl Iterator<Item = Option<Interval>>) -> Option<Interval> {
+    let intervals: Vec<Option<Interval>> = intervals.collect();
+    let end = |at: usize| mean(intervals.iter().map(|interval| interval.map(|ends| ends[at])));
+    Some([end(0)?, end(1)?])
 }
 
 /// The readable form: a row for each detector and file, with intervals in brackets, then its labels.
