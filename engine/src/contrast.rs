@@ -15,6 +15,9 @@
 //! the largest plus 2/5 of the second largest. One fixed function of a message once the tails are fitted, so
 //! ranked among *other* held-out normals ([`crate::calibrate`]) it gives valid p-values.
 //!
+//! Words and pairs that at least nine in ten baseline messages hold are the envelope: they are not counted,
+//! neither as known nor as new, so that a short text in a long envelope is not diluted.
+//!
 //! Words are runs of letters, digits, apostrophes and bytes from 0x80 on, in lower case; a backslash and
 //! the byte after it (an escape in JSON) separate.
 //!
@@ -53,7 +56,7 @@ impl Lexicon {
     pub fn learn(&mut self, text: &[u8]) {
         self.messages = self.messages.saturating_add(1);
         let terms = Terms::of(text);
-        for term in terms.words.into_iter().chain(terms.pairs) {
+        for (term, _) in terms.words.into_iter().chain(terms.pairs) {
             let full = self.holding.len() >= self.max_entries;
             match self.holding.get_mut(&term) {
                 Some(count) => *count = count.saturating_add(1),
@@ -74,17 +77,15 @@ impl Lexicon {
     }
 }
 
-/// Distinct words and pairs of a message, as hashes, rising.
+/// Distinct words and pairs of a message, as hashes, rising, and how often the message has each.
 struct Terms {
-    words: Vec<u64>,
-    pairs: Vec<u64>,
-    /// Words with repetitions.
-    total_words: u64,
+    words: Vec<(u64, i64)>,
+    pairs: Vec<(u64, i64)>,
 }
 
 impl Terms {
     fn of(text: &[u8]) -> Self {
-        let mut terms = Self { words: Vec::new(), pairs: Vec::new(), total_words: 0 };
+        let mut terms = Self { words: Vec::new(), pairs: Vec::new() };
         let (mut word, mut previous): (Option<u64>, Option<u64>) = (None, None);
         let mut escaped = false;
         // A last separator ends the last word.
@@ -97,17 +98,20 @@ impl Terms {
             }
             escaped = byte == b'\\' && !escaped;
             if let Some(ended) = word.take().map(mix) {
-                terms.total_words += 1;
-                terms.words.push(ended);
+                terms.words.push((ended, 1));
                 if let Some(previous) = previous {
-                    terms.pairs.push(mix(ended ^ previous.rotate_left(17)));
+                    terms.pairs.push((mix(ended ^ previous.rotate_left(17)), 1));
                 }
                 previous = Some(ended);
             }
         }
         for list in [&mut terms.words, &mut terms.pairs] {
             list.sort_unstable();
-            list.dedup();
+            list.dedup_by(|later, kept| {
+                let same = later.0 == kept.0;
+                kept.1 += if same { later.1 } else { 0 };
+                same
+            });
         }
         terms
     }
@@ -128,6 +132,8 @@ struct Entry {
     weight: i32,
     /// Whether the baseline has it.
     normal: bool,
+    /// Whether nearly every baseline message has it.
+    envelope: bool,
 }
 
 /// The views of one message, [`UNIT`] each.
@@ -172,10 +178,11 @@ impl Contrast {
         };
         for (&key, &c) in &baseline.holding {
             let a = reference.holding.get(&key).copied().unwrap_or(0);
-            contrast.insert(Entry { key, weight: weight(a.into(), c.into()), normal: true });
+            let envelope = u64::from(c) * 10 >= b * 9;
+            contrast.insert(Entry { key, weight: weight(a.into(), c.into()), normal: true, envelope });
         }
         for (&key, &a) in reference.holding.iter().filter(|(key, _)| !baseline.holding.contains_key(key)) {
-            contrast.insert(Entry { key, weight: weight(a.into(), 0), normal: false });
+            contrast.insert(Entry { key, weight: weight(a.into(), 0), normal: false, envelope: false });
         }
         contrast
     }
@@ -210,17 +217,19 @@ impl Contrast {
     /// one unit that is a bit or finer.
     pub fn views(&self, text: &[u8], baseline_cost: u64, reference_cost: u64) -> Views {
         let terms = Terms::of(text);
-        let (mut sum, mut new) = (0i64, 0i64);
-        for word in &terms.words {
-            let entry = self.find(*word);
-            sum += entry.map_or(0, |entry| i64::from(entry.weight));
-            new += i64::from(!entry.is_some_and(|entry| entry.normal));
+        let (mut sum, mut new, mut distinct, mut total) = (0i64, 0i64, 0i64, 0i64);
+        for (at, (term, times)) in terms.words.iter().chain(&terms.pairs).enumerate() {
+            let entry = self.find(*term).unwrap_or_default();
+            if entry.envelope {
+                continue;
+            }
+            sum += i64::from(entry.weight);
+            distinct += 1;
+            if at < terms.words.len() {
+                new += i64::from(!entry.normal);
+                total += times;
+            }
         }
-        for pair in &terms.pairs {
-            sum += self.find(*pair).map_or(0, |entry| i64::from(entry.weight));
-        }
-        let distinct = i64::try_from(terms.words.len() + terms.pairs.len()).unwrap_or(i64::MAX - 6);
-        let total = i64::try_from(terms.total_words).unwrap_or(i64::MAX - 5);
         let ratio =
             u128::from(baseline_cost) * UNIT.unsigned_abs() as u128 / u128::from(reference_cost.max(1));
         Views {
@@ -342,14 +351,17 @@ mod tests {
         let (b, r) = (baseline.len() as f64, reference.len() as f64);
         let held =
             |texts: &[&str], term: &Term| texts.iter().filter(|t| terms(t).contains(term)).count() as f64;
-        let terms = terms(text);
+        let envelope = |term: &Term| held(baseline, term) >= 0.9 * b;
+        let mut terms = terms(text);
+        terms.retain(|term| !envelope(term));
         let weight = |term: &Term| {
             let (a, c) = (held(reference, term), held(baseline, term));
             (((a + 0.5 * r / (r + b)) / r) / ((c + 0.5 * b / (r + b)) / b)).log2()
         };
         let new = terms.iter().filter(|t| t.1.is_none() && held(baseline, t) == 0.0).count();
         let sum: f64 = terms.iter().map(weight).sum();
-        (sum / (terms.len() as f64 + 6.0), new as f64 / (words(text).len() as f64 + 5.0))
+        let total = words(text).into_iter().filter(|word| !envelope(&(word.clone(), None))).count();
+        (sum / (terms.len() as f64 + 6.0), new as f64 / (total as f64 + 5.0))
     }
 
     const NORMAL: [&str; 4] = ["where is my order", "cancel my order please", "where is it", "Thank you"];
