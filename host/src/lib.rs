@@ -9,3 +9,4 @@ pub mod gateway;
 pub mod replay;
 pub mod synth;
 pub mod train;
+pub mod units;

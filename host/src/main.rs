@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use driftlock_host::{capture, demo, eval, explain, gateway, replay, synth, train};
+use driftlock_host::{capture, demo, eval, explain, gateway, replay, synth, train, units};
 use tracing_subscriber::EnvFilter;
 
 /// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
@@ -26,6 +26,8 @@ enum Command {
     Capture(capture::Args),
     /// Show what surprised the model in one exchange, byte by byte.
     Explain(explain::Args),
+    /// Count what the parsers make of a capture, or show one exchange's units.
+    Units(units::Args),
     /// Run a reverse proxy with the filter in front of an upstream.
     Gateway(gateway::Args),
     /// Measure detection on labelled captures, by the published protocol.
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => replay::verify::run(&args).map_err(anyhow::Error::from),
         Command::Capture(args) => capture::run(&args).map_err(anyhow::Error::from),
         Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
+        Command::Units(args) => units::run(&args).map_err(anyhow::Error::from),
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
         Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
