@@ -25,7 +25,10 @@ pub struct Args {
     /// Show the units of this exchange instead of the table.
     #[arg(long)]
     pub id: Option<String>,
-    /// Most bytes of a unit that are shown.
+    /// Print every message with its units as a line of JSON instead of the table.
+    #[arg(long, conflicts_with = "id")]
+    pub json: bool,
+    /// Most bytes of a unit that are shown with --id.
     #[arg(long, default_value_t = 400)]
     pub max_bytes: usize,
     /// Bytes a parser is given at a time.
@@ -157,6 +160,10 @@ pub fn run(args: &Args) -> Result<(), UnitsError> {
         let (request, response) = of_exchange(&exchange, args.chunk_bytes as usize);
         for (direction, reading) in [("request", Some(request)), ("response", response)] {
             let Some(reading) = reading else { continue };
+            if args.json {
+                anstream::println!("{}", json(&exchange.id, direction, &reading));
+                continue;
+            }
             if args.id.is_some() {
                 show(&exchange, direction, &reading, args.max_bytes);
                 continue;
@@ -180,6 +187,7 @@ pub fn run(args: &Args) -> Result<(), UnitsError> {
             return Err(UnitsError::NoSuchId { path: args.file.clone(), id: id.clone() });
         }
         Some(_) => {}
+        None if args.json => {}
         None => anstream::println!("{}", table(&counts)),
     }
     Ok(())
@@ -219,6 +227,41 @@ fn table(counts: &BTreeMap<(&str, &str, &str, &str), Count>) -> Table {
         ]);
     }
     table
+}
+
+fn json(id: &str, direction: &str, reading: &Reading) -> serde_json::Value {
+    let summary = &reading.summary;
+    let units: Vec<serde_json::Value> = reading
+        .units
+        .iter()
+        .map(|(unit, text)| {
+            let text = String::from_utf8_lossy(text);
+            serde_json::json!({"role": unit.role.as_str(), "index": unit.index, "text": text})
+        })
+        .collect();
+    serde_json::json!({
+        "id": id,
+        "direction": direction,
+        "style": reading.style,
+        "framing": reading.framing,
+        "outcome": reading.outcome,
+        "body_bytes": summary.body_bytes,
+        "skipped_bytes": summary.skipped_bytes,
+        "media": summary.media,
+        "events": summary.events,
+        "terminated": summary.terminated,
+        "provider_error": summary.provider_error,
+        "model": summary.model.as_ref().map(driftlock_inspect::content::Label::as_str),
+        "finish_reason": summary.finish_reason.as_ref().map(driftlock_inspect::content::Label::as_str),
+        "tokens": {
+            "input": summary.usage.input_tokens,
+            "output": summary.usage.output_tokens,
+            "total": summary.usage.total_tokens,
+            "cached": summary.usage.cached_tokens,
+            "reasoning": summary.usage.reasoning_tokens,
+        },
+        "units": units,
+    })
 }
 
 fn show(exchange: &Exchange, direction: &str, reading: &Reading, max_bytes: usize) {

@@ -3,13 +3,13 @@
 //! Keys, punctuation, model names, parameters and tool definitions must not pass unseen, or a payload would
 //! hide there. In a stream the same skeleton comes back with each event (500 copies of 250 bytes), and scoring
 //! all of it would cost more than scoring the answer. So, per event of a stream: the envelope is compared with
-//! the last event of the same shape (the same bytes outside numbers, literals and strings). A new shape is
+//! the last event of the same shape (the same bytes outside numbers, literals and strings, blanks aside). A new shape is
 //! given whole; of a known one only the values that differ from last time are given, each as `"key":value` and
 //! the byte after it.
 //!
 //! Bounds: `MAX_SHAPES` shapes are remembered, the least recently used is forgotten (its next event is given
 //! whole again). An event whose envelope passes `MAX_EVENT_BYTES` or `MAX_VALUES` is given whole and not
-//! remembered. The comparison is exact, so no collision can hide anything. Cost: one copy and one comparison
+//! remembered. The comparison is exact but for blanks, so no collision can hide anything. Cost: one copy and one comparison
 //! of the envelope's bytes.
 
 use crate::content::{Role, Sink, Unit};
@@ -53,16 +53,16 @@ impl Event {
         self.bytes.get(start..end).unwrap_or_default()
     }
 
-    /// Both have the same bytes outside their values.
+    /// Both have the same bytes outside their values, blanks aside.
     fn has_shape_of(&self, other: &Self) -> bool {
         let (mut mine, mut theirs) = (0, 0);
         self.values.len() == other.values.len()
             && self.values.iter().zip(&other.values).all(|(a, b)| {
-                let same = self.slice(mine, a.start) == other.slice(theirs, b.start);
+                let same = same_but_for_blanks(self.slice(mine, a.start), other.slice(theirs, b.start));
                 (mine, theirs) = (a.end, b.end);
                 same
             })
-            && self.slice(mine, self.bytes.len()) == other.slice(theirs, other.bytes.len())
+            && same_but_for_blanks(self.slice(mine, self.bytes.len()), other.slice(theirs, other.bytes.len()))
     }
 
     fn give(&self, start: usize, end: usize, sink: &mut impl Sink) {
@@ -75,6 +75,12 @@ impl Event {
             (from, run) = (next, run + 1);
         }
     }
+}
+
+/// Anthropic pads its events with blanks of random number.
+fn same_but_for_blanks(a: &[u8], b: &[u8]) -> bool {
+    let blank = |byte: &&u8| matches!(byte, b' ' | b'\t');
+    a == b || a.iter().filter(|byte| !blank(byte)).eq(b.iter().filter(|byte| !blank(byte)))
 }
 
 /// Collects the envelope of one message and gives it to the sink.

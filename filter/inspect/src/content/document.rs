@@ -187,6 +187,8 @@ pub(super) struct Document {
     /// Whether Gemini's part is a thought, and its first held piece.
     thought: Option<bool>,
     part_from: usize,
+    /// The document being read is plain text.
+    plain: bool,
     captured: Label,
     event_type: Label,
     held: Held,
@@ -226,6 +228,7 @@ impl Document {
             role_given: false,
             thought: None,
             part_from: 0,
+            plain: false,
             captured: Label::default(),
             event_type: Label::default(),
             held: Held::default(),
@@ -465,6 +468,7 @@ impl Document {
                 }
             }
             Field::EventType => self.event_type = label,
+            Field::MediaType => self.plain = label.bytes() == b"text",
             Field::Model => self.summary.model = self.summary.model.or(Some(label)),
             Field::Finish => self.summary.finish_reason = Some(label),
         }
@@ -602,8 +606,9 @@ impl<S: Sink> Pass<'_, S> {
     }
 }
 
+/// Of either alphabet (RFC 4648 sections 4 and 5).
 fn is_base64(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=')
+    byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'-' | b'_')
 }
 
 impl<S: Sink> Handler for Pass<'_, S> {
@@ -660,6 +665,7 @@ impl<S: Sink> Handler for Pass<'_, S> {
             {
                 document.calls.push(None);
             }
+            Place::Media(_) => document.plain = false,
             Place::Content(_) | Place::Part(_) if container == Container::Object => {
                 document.thought = None;
                 document.part_from = document.held.pieces.len();
@@ -750,6 +756,7 @@ impl<S: Sink> Handler for Pass<'_, S> {
                 Active::Captured(field)
             }
             Place::Blob { media } => blob(BLOB_SAMPLE_BYTES, media),
+            Place::Data(kind) if self.document.plain => Active::Scored(kind),
             Place::Data(_) | Place::Media(_) => blob(BLOB_SAMPLE_BYTES, true),
             Place::Vector => blob(BLOB_SAMPLE_BYTES, false),
             Place::Padding => blob(0, false),

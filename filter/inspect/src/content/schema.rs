@@ -64,6 +64,8 @@ pub(crate) enum Field {
     ItemType,
     /// `type` of an event.
     EventType,
+    /// `type` of a document: plain text is no media.
+    MediaType,
     Model,
     Finish,
 }
@@ -85,10 +87,14 @@ pub(crate) enum Place {
     Messages,
     Message(Kind),
     Input,
+    /// A system prompt, or items.
+    Instructions,
     Output,
     Item,
     /// A string, an object with parts, or a list of either.
     Content(Kind),
+    /// Text with its citations.
+    Cited(Kind),
     /// An element of such a list.
     Part(Kind),
     /// Content inside an event that repeats what came in pieces.
@@ -297,9 +303,12 @@ impl Schema {
                 b"text" | b"content" => Place::Content(kind),
                 b"transcript" => Place::Text(Kind::Transcript),
                 b"source" | b"file" => Place::Media(kind),
+                b"type" => Place::Captured(Field::MediaType),
+                b"data" => Place::Data(kind),
                 _ if is_media_key(key) => Place::Blob { media: true },
                 _ => Place::Other,
             },
+            Place::Cited(kind) if key == b"content" => Place::Content(kind),
             Place::Blob { media } if is_media_key(key) => Place::Blob { media },
             Place::Vector => Place::Vector,
             Place::Usage => Self::of_usage(key),
@@ -328,7 +337,9 @@ impl Schema {
             b"model" | b"modelVersion" => Place::Captured(Field::Model),
             b"images" => Place::Media(Kind::User),
             _ if answer => self.of_answer(key, pieces),
-            b"prompt" | b"suffix" | b"texts" | b"inputs" | b"inputText" => Place::Content(Kind::User),
+            b"prompt" | b"suffix" | b"texts" | b"inputs" | b"inputText" | b"singleEmbeddingParams" => {
+                Place::Content(Kind::User)
+            }
             b"message" => Place::Content(Kind::User),
             b"query" if self.style == ApiStyle::GraphQl => Place::Text(Kind::Query),
             b"query" => Place::Text(Kind::User),
@@ -429,7 +440,9 @@ impl Schema {
                 Place::Content(kind)
             }
             b"thinking" | b"reasoningContent" | b"reasoningText" => Place::Content(Kind::Reasoning),
-            b"content" | b"searchResult" => Place::Content(Kind::Result),
+            b"content" | b"searchResult" | b"stdout" | b"stderr" => Place::Content(Kind::Result),
+            b"citationsContent" => Place::Cited(kind),
+            b"variables" => Place::Raw(kind),
             b"name" if kind != Kind::Result => Place::Text(Kind::Call),
             b"input" => Place::Raw(Kind::Call),
             b"json" => Place::Raw(kind),
@@ -488,7 +501,7 @@ impl Place {
             Self::Choices => Self::Choice,
             Self::ToolCalls { whole } => Self::ToolCall { whole },
             Self::Artifacts => Self::Artifact,
-            Self::Output => Self::Item,
+            Self::Output | Self::Instructions => Self::Item,
             Self::Batch => Self::Inner,
             Self::Content(kind) => Self::Part(kind),
             same
@@ -517,7 +530,15 @@ impl Place {
             | Self::Batch
             | Self::Vector
             | Self::Details => self,
-            Self::Messages | Self::Choices | Self::ToolCalls { .. } | Self::Artifacts if !object => self,
+            Self::Messages
+            | Self::Choices
+            | Self::ToolCalls { .. }
+            | Self::Artifacts
+            | Self::Instructions
+                if !object =>
+            {
+                self
+            }
             Self::Inner
             | Self::Params
             | Self::RpcResult
@@ -531,6 +552,7 @@ impl Place {
             | Self::Function { .. }
             | Self::LegacyCall
             | Self::ToolResult
+            | Self::Cited(_)
             | Self::Choice
             | Self::Blob { .. }
             | Self::Usage
@@ -547,6 +569,7 @@ impl Place {
         match self {
             Self::Text(kind) | Self::Content(kind) | Self::Part(kind) | Self::Raw(kind) => Some(kind),
             Self::Input => Some(Kind::User),
+            Self::Instructions => Some(Kind::System),
             Self::Output => Some(Kind::Assistant),
             Self::Delta => Some(Kind::Delta),
             Self::RepeatedContent => Some(Kind::Repeat),
