@@ -25,12 +25,18 @@ use alloc::vec::Vec;
 use core::mem;
 
 mod document;
+mod form;
+mod media;
+mod multipart;
 mod schema;
 mod sniff;
 mod stream;
 mod style;
 
 use document::Reader;
+use form::Form;
+use media::Media;
+use multipart::Multipart;
 use schema::{Mode, Schema};
 use sniff::{MAX_SNIFFED_BYTES, Sniffer};
 use stream::{Events, Frames};
@@ -55,6 +61,10 @@ pub enum Role {
     ToolCall,
     /// What a tool returned.
     ToolResult,
+    /// A field of a multipart form.
+    Field,
+    /// A text file of a multipart form.
+    File,
     /// All of the body that is no scored text.
     Envelope,
     /// A body without known schema.
@@ -72,6 +82,8 @@ impl Role {
             Self::Reasoning => "reasoning",
             Self::ToolCall => "tool_call",
             Self::ToolResult => "tool_result",
+            Self::Field => "field",
+            Self::File => "file",
             Self::Envelope => "envelope",
             Self::Body => "body",
         }
@@ -183,15 +195,12 @@ pub enum NotInspected {
     /// Images, audio, archives, `application/octet-stream` and the like.
     #[error("bodies of a binary content-type are not inspected")]
     Binary,
-    /// `multipart/*`.
-    #[error("multipart bodies are not inspected yet")]
+    /// `multipart/*` without a boundary.
+    #[error("multipart bodies whose content-type names no boundary are not inspected")]
     Multipart,
     /// `application/grpc*` and protobuf.
     #[error("gRPC and protobuf bodies are not inspected")]
     Protobuf,
-    /// `application/vnd.amazon.eventstream`.
-    #[error("AWS event streams are not inspected yet")]
-    AmazonEventStream,
 }
 
 impl NotInspected {
@@ -201,7 +210,6 @@ impl NotInspected {
             Self::Binary => "content_type_binary",
             Self::Multipart => "content_type_multipart",
             Self::Protobuf => "content_type_protobuf",
-            Self::AmazonEventStream => "content_type_amazon_eventstream",
         }
     }
 }
@@ -293,85 +301,6 @@ pub struct Summary {
     pub finish_reason: Option<Label>,
 }
 
-/// The content-type's essence, without parameters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Media {
-    Json,
-    JsonLines,
-    EventStream,
-    Form,
-    Text,
-    Multipart,
-    AmazonEventStream,
-    Unknown,
-}
-
-impl Media {
-    fn of(content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
-        let essence = content_type.unwrap_or_default().split(|byte| *byte == b';').next();
-        let essence = essence.unwrap_or_default().trim_ascii();
-        let is = |name: &[u8]| essence.eq_ignore_ascii_case(name);
-        let starts =
-            |prefix: &[u8]| essence.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
-        let ends = |suffix: &[u8]| {
-            let from = essence.len().checked_sub(suffix.len());
-            from.and_then(|from| essence.get(from..)).is_some_and(|s| s.eq_ignore_ascii_case(suffix))
-        };
-        let any = |names: &[&[u8]]| names.iter().any(|name| is(name));
-        Ok(
-            if any(&[
-                b"application/x-ndjson",
-                b"application/ndjson",
-                b"application/jsonl",
-                b"application/stream+json",
-            ]) {
-                Self::JsonLines
-            } else if is(b"application/json") || is(b"text/json") || ends(b"+json") {
-                Self::Json
-            } else if is(b"text/event-stream") {
-                Self::EventStream
-            } else if is(b"application/x-www-form-urlencoded") {
-                Self::Form
-            } else if starts(b"text/")
-                || ends(b"+xml")
-                || any(&[b"application/xml", b"application/javascript", b"application/graphql"])
-                || any(&[b"application/yaml", b"application/x-yaml", b"application/toml", b"application/sql"])
-            {
-                Self::Text
-            } else if is(b"application/vnd.amazon.eventstream") {
-                Self::AmazonEventStream
-            } else if starts(b"multipart/") {
-                Self::Multipart
-            } else if starts(b"application/grpc")
-                || any(&[
-                    b"application/protobuf",
-                    b"application/x-protobuf",
-                    b"application/vnd.google.protobuf",
-                ])
-            {
-                return Err(NotInspected::Protobuf);
-            } else if [&b"image/"[..], b"audio/", b"video/", b"font/", b"model/"].iter().any(|p| starts(p))
-                || any(&[
-                    b"application/octet-stream",
-                    b"application/zip",
-                    b"application/gzip",
-                    b"application/pdf",
-                ])
-                || any(&[
-                    b"application/wasm",
-                    b"application/cbor",
-                    b"application/msgpack",
-                    b"application/x-tar",
-                ])
-            {
-                return Err(NotInspected::Binary);
-            } else {
-                Self::Unknown
-            },
-        )
-    }
-}
-
 #[derive(Debug)]
 enum Parser {
     Documents(Box<Reader>),
@@ -379,6 +308,8 @@ enum Parser {
     Frames(Box<Frames>),
     Json(Tokenizer),
     RawEvents(EventReader, DataUnit),
+    Form(Form),
+    Multipart(Box<Multipart>),
     Text,
     /// Text whose content-type did not say so.
     CheckedText(Utf8, Option<ContentError>),
@@ -429,7 +360,7 @@ impl BodyParser {
                         let reader = Reader::whole(Schema { style, mode: Mode::Request }, false);
                         Ok(Self::new(style, true, Parser::Documents(Box::new(reader))))
                     }
-                    _ => Self::generic(media, true),
+                    _ => Self::generic(media, content_type, true),
                 }
             }
         }
@@ -446,7 +377,7 @@ impl BodyParser {
     ) -> Result<Self, NotInspected> {
         let media = Media::of(content_type)?;
         let Some(style) = request.filter(|style| style.has_schema() && *style != ApiStyle::GraphQl) else {
-            return Self::generic(media, false);
+            return Self::generic(media, content_type, false);
         };
         Ok(match media {
             Media::EventStream => Self::new(style, false, Parser::Events(Box::new(Events::new(style)))),
@@ -458,20 +389,26 @@ impl BodyParser {
             Media::Unknown | Media::Text => {
                 Self::new(style, false, Parser::Unknown(After::Answer { json: false }))
             }
-            Media::Form | Media::Multipart => return Self::generic(media, false),
+            Media::Form | Media::Multipart => return Self::generic(media, content_type, false),
         })
     }
 
-    fn generic(media: Media, request: bool) -> Result<Self, NotInspected> {
+    fn generic(media: Media, content_type: Option<&[u8]>, request: bool) -> Result<Self, NotInspected> {
         let (style, parser) = match media {
             Media::Json => (ApiStyle::Json, Parser::Unknown(After::Any { many: false })),
             Media::JsonLines => (ApiStyle::Json, Parser::Json(Tokenizer::new(true))),
             Media::EventStream => (ApiStyle::Sse, Parser::RawEvents(EventReader::new(), DataUnit::default())),
-            Media::Form => (ApiStyle::Form, Parser::Text),
+            Media::Form => (ApiStyle::Form, Parser::Form(Form::default())),
             Media::Text => (ApiStyle::Text, Parser::Text),
             Media::Unknown => (ApiStyle::Unlabelled, Parser::Unknown(After::Any { many: true })),
-            Media::Multipart => return Err(NotInspected::Multipart),
-            Media::AmazonEventStream => return Err(NotInspected::AmazonEventStream),
+            Media::Multipart => {
+                let multipart = content_type.and_then(Multipart::new).ok_or(NotInspected::Multipart)?;
+                (ApiStyle::Multipart, Parser::Multipart(Box::new(multipart)))
+            }
+            // Whose it is, its documents' keys say.
+            Media::AmazonEventStream => {
+                (ApiStyle::Json, Parser::Frames(Box::new(Frames::new(ApiStyle::Json))))
+            }
         };
         Ok(Self::new(style, request, parser))
     }
@@ -576,6 +513,8 @@ impl BodyParser {
             Parser::Events(events) => events.push(chunk, base, sink),
             Parser::Frames(frames) => frames.push(chunk, base, sink),
             Parser::RawEvents(reader, unit) => reader.push(chunk, base, &mut DataLines { unit, sink }),
+            Parser::Form(form) => form.push(chunk, base, sink),
+            Parser::Multipart(multipart) => multipart.push(chunk, base, sink),
             Parser::Json(tokenizer) => {
                 tokenizer.push(chunk, base, &mut ());
                 sink.text(BODY, chunk, base);
@@ -647,6 +586,17 @@ impl BodyParser {
                     None => Ok(()),
                 }
             }
+            Parser::Form(form) if body_bytes > 0 => {
+                form.finish(body_bytes, sink);
+                sink.end(BODY);
+                Ok(())
+            }
+            Parser::Multipart(multipart) if body_bytes > 0 => {
+                let result = multipart.finish(body_bytes, sink);
+                self.summary.skipped_bytes = multipart.skipped_bytes;
+                self.summary.media = multipart.media;
+                result
+            }
             Parser::Text if body_bytes > 0 => {
                 sink.end(BODY);
                 Ok(())
@@ -655,7 +605,11 @@ impl BodyParser {
             Parser::Unknown(After::Any { many: false } | After::Answer { json: true }) => {
                 Err(ContentError::Truncated)
             }
-            Parser::Text | Parser::Unknown(_) | Parser::Sniffed(_) => Ok(()),
+            Parser::Text
+            | Parser::Form(_)
+            | Parser::Multipart(_)
+            | Parser::Unknown(_)
+            | Parser::Sniffed(_) => Ok(()),
         };
         result.map(|()| self.summary)
     }

@@ -321,8 +321,8 @@ impl Schema {
         let pieces = self.mode == Mode::Stream && place == Place::Top;
         match key {
             b"messages" | b"contents" | b"chat_history" => Place::Messages,
+            b"instructions" => Place::Instructions,
             b"system"
-            | b"instructions"
             | b"preamble"
             | b"systemInstruction"
             | b"system_instruction"
