@@ -30,16 +30,19 @@ pub fn holds(data: &[u8]) {
     let mut input = Input::new(data);
     let how = Read::of(&mut input);
     let (one, other) = (input.cuts(), input.cuts());
-    let body = input.rest(MAX_BODY_BYTES);
+    let rest = input.rest(MAX_BODY_BYTES);
+    let framed = if how.form == Some(Form::Frames) { frames(rest) } else { Vec::new() };
+    let body = if framed.is_empty() { rest } else { &framed };
     let Ok(parser) = how.parser() else {
         assert!(how.form.is_none_or(|form| form == Form::None), "{how:?} is inspected");
         return;
     };
     let style = parser.style();
-    let whole = read(parser, body, Cuts::default());
+    let urlencoded = how.form == Some(Form::Urlencoded);
+    let whole = read(parser, body, Cuts::default(), urlencoded);
     for cuts in [one, other] {
         let parser = how.parser().expect("nothing but the headers decides");
-        assert_eq!(read(parser, body, cuts), whole, "{how:?}");
+        assert_eq!(read(parser, body, cuts, urlencoded), whole, "{how:?}");
     }
     whole.check(style, body);
     if let Some(form) = how.form {
@@ -52,23 +55,55 @@ pub fn holds(data: &[u8]) {
 pub(crate) enum Form {
     Json,
     Lines,
+    /// One after the other, as a stream.
+    Documents,
     Events,
     Text,
+    Urlencoded,
+    Multipart,
+    /// AWS event-stream messages.
+    Frames,
     /// By its first byte.
     Unknown,
     /// Not at all.
     None,
 }
 
-const CONTENT_TYPES: [(Option<&[u8]>, Form); 10] = [
+/// One path of each API, and some of none.
+const PATHS: [&[u8]; 20] = [
+    b"/v1/chat/completions?x=1",
+    b"/v1/responses",
+    b"/v1/completions",
+    b"/v1/embeddings",
+    b"/v1/threads/t/messages",
+    b"/v1/messages",
+    b"/v1beta/models/g:streamGenerateContent",
+    b"/v1/models/e:batchEmbedContents",
+    b"/model/m/converse-stream",
+    b"/model/m/invoke-with-response-stream",
+    b"/v1/chat",
+    b"/v2/embed",
+    b"/api/chat",
+    b"/api/embed",
+    b"/mcp",
+    b"/graphql",
+    b"/orders",
+    b"/",
+    b"/v1/messages/batches",
+    b"/v1/rerank",
+];
+
+const CONTENT_TYPES: [(Option<&[u8]>, Form); 12] = [
     (Some(b"application/json"), Form::Json),
     (Some(b"text/event-stream"), Form::Events),
     (None, Form::Unknown),
     (Some(b"application/x-ndjson"), Form::Lines),
     (Some(b"text/plain; charset=utf-8"), Form::Text),
-    (Some(b"application/x-www-form-urlencoded"), Form::Text),
+    (Some(b"application/x-www-form-urlencoded"), Form::Urlencoded),
     (Some(b"Application/Problem+JSON ; x=y"), Form::Json),
-    (Some(b"multipart/form-data; boundary=x"), Form::None),
+    (Some(b"multipart/form-data; boundary=x"), Form::Multipart),
+    (Some(b"multipart/mixed"), Form::None),
+    (Some(b"application/vnd.amazon.eventstream"), Form::Frames),
     (Some(b"image/png"), Form::None),
     (Some(b"application/grpc+proto"), Form::None),
 ];
@@ -87,25 +122,30 @@ impl<'a> Read<'a> {
     pub(crate) fn of(input: &mut Input<'a>) -> Self {
         let choice = input.byte();
         let path = match choice >> 1 & 3 {
-            0 | 1 => b"/v1/chat/completions?x=1",
-            2 => &b"/orders"[..],
+            0..=2 => input.pick(&PATHS),
             _ => {
                 let len = usize::from(input.byte());
                 input.take(len)
             }
         };
-        let chat = ApiStyle::of_path(path) == Some(ApiStyle::OpenAiChat);
+        let style = ApiStyle::of_path(path).filter(|style| *style != ApiStyle::GraphQl);
         let request = choice & 1 == 0;
         let (content_type, form) = match usize::from(input.byte()) % (CONTENT_TYPES.len() + 1) {
-            10 => {
+            12 => {
                 let len = usize::from(input.byte());
                 (Some(input.take(len)), None)
             }
-            // A chat request is JSON whatever its content-type, a chat answer of plain text may be.
-            known => match CONTENT_TYPES[known] {
-                (content_type, _) if chat && request => (content_type, Some(Form::Json)),
-                (Some(plain @ b"text/plain; charset=utf-8"), _) if chat => (Some(plain), Some(Form::Unknown)),
-                (content_type, form) => (content_type, Some(form)),
+            // A request of a known API is JSON whatever its content-type.
+            known => match (CONTENT_TYPES[known], style) {
+                ((content_type, _), Some(_)) if request => (content_type, Some(Form::Json)),
+                ((content_type, Form::Lines), Some(_)) => (content_type, Some(Form::Documents)),
+                // Such answers may be many documents.
+                (
+                    (content_type, Form::Json | Form::Text | Form::Unknown),
+                    Some(ApiStyle::Ollama | ApiStyle::Gemini),
+                ) => (content_type, None),
+                ((content_type, Form::Text), Some(_)) => (content_type, Some(Form::Unknown)),
+                ((content_type, form), _) => (content_type, Some(form)),
             },
         };
         Self { request, path, content_type, form }
@@ -126,6 +166,8 @@ struct Recorded {
     offsets: Vec<u64>,
     ends: usize,
     skipped: u64,
+    /// A backslash of an escaped one: that alone, or what both stand for.
+    backslash: Option<usize>,
 }
 
 /// Keeps what a parser tells and checks it against the body.
@@ -134,6 +176,8 @@ struct Recorder<'a> {
     units: BTreeMap<Unit, Recorded>,
     /// How often each byte of the body was given.
     given: Vec<u8>,
+    /// The body is an urlencoded form.
+    urlencoded: bool,
 }
 
 impl Recorder<'_> {
@@ -147,7 +191,16 @@ impl Recorder<'_> {
         if raw && (ends || text.len() <= source.len() && text.iter().zip(source).all(same)) {
             return Some(text.len().min(source.len()));
         }
-        if !raw && text != b"\\" && source.starts_with(text) {
+        if self.urlencoded {
+            return match (text, source) {
+                (b" ", [b'+', ..]) => Some(1),
+                ([_], [b'%', ..]) => Some(3),
+                _ => None,
+            };
+        }
+        // The source of a value may be cut inside an escape.
+        let cut = text == b"\\" && source.get(1) != Some(&b'\\');
+        if !raw && (text != b"\\" || cut) && source.starts_with(text) {
             return Some(text.len());
         }
         // The longest first: a pair of surrogates begins with a lone one.
@@ -168,7 +221,17 @@ impl Sink for Recorder<'_> {
         let at = usize::try_from(body_offset).unwrap();
         assert!(at <= self.body.len(), "{unit:?} at {at} of {}", self.body.len());
         let source_len = self.source_len(unit, text, at);
-        let len = source_len.unwrap_or_else(|| panic!("{unit:?} is given {text:?} at {at}"));
+        let mut len = source_len.unwrap_or_else(|| panic!("{unit:?} is given {text:?} at {at}"));
+        let record = self.units.entry(unit).or_default();
+        if let Some(before) = record.backslash.take()
+            && at != before + 1
+        {
+            self.given[before + 1] = self.given[before + 1].saturating_add(1);
+        }
+        if text == b"\\" && len == 2 {
+            record.backslash = Some(at);
+            len = 1;
+        }
         for count in &mut self.given[at..at + len] {
             *count = count.saturating_add(1);
         }
@@ -179,7 +242,11 @@ impl Sink for Recorder<'_> {
     }
 
     fn end(&mut self, unit: Unit) {
-        self.units.entry(unit).or_default().ends += 1;
+        let record = self.units.entry(unit).or_default();
+        record.ends += 1;
+        if let Some(before) = record.backslash.take() {
+            self.given[before + 1] = self.given[before + 1].saturating_add(1);
+        }
     }
 
     fn skipped(&mut self, unit: Unit, bytes: u64) {
@@ -195,8 +262,8 @@ struct Reading {
     summary: Summary,
 }
 
-fn read(mut parser: BodyParser, body: &[u8], cuts: Cuts<'_>) -> Reading {
-    let mut recorder = Recorder { body, units: BTreeMap::new(), given: vec![0; body.len()] };
+fn read(mut parser: BodyParser, body: &[u8], cuts: Cuts<'_>, urlencoded: bool) -> Reading {
+    let mut recorder = Recorder { body, units: BTreeMap::new(), given: vec![0; body.len()], urlencoded };
     for range in cuts.of(body.len()) {
         parser.push(&body[range], &mut recorder);
     }
@@ -248,11 +315,19 @@ impl Reading {
     }
 
     fn agrees(&self, form: Form, style: ApiStyle, body: &[u8]) {
-        let chat = style == ApiStyle::OpenAiChat;
+        let known = style.has_schema() && style != ApiStyle::GraphQl;
         let document = body.trim_ascii_start_blank();
         match form {
             Form::None => panic!("{style:?} is inspected"),
-            Form::Events if chat => self.agrees_with_chat_events(&events(body)),
+            Form::Events if known => self.agrees_with_known_events(&events(body)),
+            // The framing is right; its documents may be none.
+            Form::Frames => assert!(!matches!(self.result, Err(ContentError::Frame { .. }))),
+            Form::Multipart => self.covers(body),
+            Form::Urlencoded => {
+                self.covers(body);
+                assert_eq!(self.result, Ok(self.summary));
+            }
+            Form::Documents => self.agrees_with_lines(body),
             Form::Events => self.agrees_with_events(&events(body)),
             Form::Text => {
                 assert_eq!((self.text(Role::Body), self.result), (body, Ok(self.summary)));
@@ -269,7 +344,7 @@ impl Reading {
             Form::Unknown => {
                 self.covers(body);
                 match document.first() {
-                    Some(b'{' | b'[') if chat => self.agrees_with_json(body),
+                    Some(b'{' | b'[') if known => self.agrees_with_json(body),
                     Some(b'{' | b'[') => self.agrees_with_lines(body),
                     Some(_) => {
                         assert_eq!(self.text(Role::Body), document);
@@ -307,15 +382,32 @@ impl Reading {
         assert_eq!(self.summary.events, with_data.count() as u64);
     }
 
-    fn agrees_with_chat_events(&self, events: &[Event]) {
+    fn agrees_with_known_events(&self, events: &[Event]) {
         let (done, documents): (Vec<&[u8]>, Vec<&[u8]>) =
             events.iter().map(|event| event.data.as_slice()).partition(|data| *data == b"[DONE]");
         let documents: Vec<&[u8]> = documents.into_iter().filter(|data| !data.is_empty()).collect();
-        assert_eq!(self.summary.terminated, !done.is_empty());
+        assert!(self.summary.terminated || done.is_empty());
         assert_eq!(self.summary.events, documents.len() as u64);
         let valid = |data: &&[u8]| is_json(data) && depth(data) <= MAX_DEPTH;
         assert_eq!(self.result.is_ok(), documents.iter().all(valid), "{:?}", self.result);
     }
+}
+
+/// The bytes as the payloads of AWS event-stream messages, with right checksums.
+fn frames(bytes: &[u8]) -> Vec<u8> {
+    const HEADERS: &[u8] = b"\x0b:event-type\x07\x00\x01x\x04size\x04\x00\x00\x00\x07";
+    let mut out = Vec::new();
+    for payload in bytes.split(|byte| *byte == b'\n') {
+        let start = out.len();
+        let total = 16 + HEADERS.len() + payload.len();
+        out.extend_from_slice(&(total as u32).to_be_bytes());
+        out.extend_from_slice(&(HEADERS.len() as u32).to_be_bytes());
+        out.extend_from_slice(&crc32fast::hash(&out[start..]).to_be_bytes());
+        out.extend_from_slice(HEADERS);
+        out.extend_from_slice(payload);
+        out.extend_from_slice(&crc32fast::hash(&out[start..]).to_be_bytes());
+    }
+    out
 }
 
 trait TrimBlank {

@@ -20,7 +20,7 @@ use crate::capture::{self, CaptureError, Exchange, Headers};
 /// Arguments of `driftlock units`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The capture: JSON Lines, plain or gzip.
+    /// The capture, in any format that `replay` reads.
     pub file: PathBuf,
     /// Show the units of this exchange instead of the table.
     #[arg(long)]
@@ -151,8 +151,8 @@ pub fn run(args: &Args) -> Result<(), UnitsError> {
     let mut counts: BTreeMap<(&'static str, &'static str, &'static str, &'static str), Count> =
         BTreeMap::new();
     let mut found = false;
-    for row in capture::open(&args.file)? {
-        let exchange = row?.into_exchange()?;
+    for recorded in capture::exchanges(&args.file)? {
+        let exchange = recorded?.exchange;
         if args.id.as_ref().is_some_and(|id| *id != exchange.id) {
             continue;
         }
