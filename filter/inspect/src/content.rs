@@ -2,21 +2,25 @@
 //!
 //! A body is read as it streams by. A parser gives every byte's meaning once, in order: which unit (role and
 //! ordinal) it belongs to and where in the body it stands. The parser is chosen from the path and the
-//! content-type alone, before any byte is paused, and never collects a body.
+//! content-type before any byte is paused, and never collects a body. Where they say nothing of the API, the
+//! first keys of the body do (`sniff`); the bytes pass on meanwhile.
 //!
 //! | body | units |
 //! |---|---|
-//! | path `…/chat/completions`, request | see [`crate::openai`] (whatever the content-type claims: servers read JSON all the same) |
-//! | its response, JSON or `text/event-stream` | the same |
-//! | other JSON, NDJSON | one body unit, raw bytes; the grammar is checked |
+//! | request of a known API ([`ApiStyle::of_path`]) | by role, calls and their results apart, the rest as envelope: see `document`, `schema` (whatever the content-type claims: servers read JSON all the same) |
+//! | its answer: JSON, NDJSON, `text/event-stream`, AWS event-stream | the same, the pieces of a stream joined |
+//! | other JSON | the same, if its outermost keys are those of a known API; else one body unit, raw bytes, the grammar checked |
+//! | other NDJSON | one body unit |
 //! | other `text/event-stream` | one body unit: the events' data, names, ids and comments, a newline after each |
-//! | text, forms, XML, JavaScript, YAML | one body unit, raw bytes |
+//! | urlencoded form | one body unit, decoded |
+//! | `multipart/…` | fields and text files each a unit, part headers as envelope, the rest counted |
+//! | text, XML, JavaScript, YAML, GraphQL | one body unit, raw bytes |
 //! | content-type missing or unknown | by the first non-blank byte: `{` or `[` is JSON, anything else UTF-8 text |
-//! | images, audio, archives, multipart, gRPC, AWS event-stream, … | [`NotInspected`] with a reason |
+//! | images, audio, archives, gRPC, … | [`NotInspected`] with a reason |
 //!
 //! Blank bytes before a JSON document are counted, not scored: gateways send them to keep a connection open.
-//! Cost: one pass; memory is bounded by the parsers' constants (half a MiB for a hostile stream, under
-//! 10 KiB for a usual one).
+//! Cost: one pass (`cargo run --release -p driftlock-inspect --example parse_speed`); memory is bounded by the
+//! parsers' constants (half a MiB for a hostile stream, under 10 KiB for a usual one).
 
 use crate::json::{Tokenizer, Utf8};
 use crate::sse::{self, EventReader};
@@ -123,7 +127,10 @@ pub struct Unit {
 /// differ.
 pub trait Sink {
     /// The next bytes of `unit`. `text[k]` comes from the decoded body's byte `body_offset + k`, or, when the
-    /// call carries one escape's character, from that escape, which begins at `body_offset` and is longer.
+    /// call carries one escape's character (JSON's, or an urlencoded form's), from that escape, which begins at
+    /// `body_offset` and is longer. A document that Bedrock's invoke sends as base64 has the offsets that it
+    /// would have if its bytes stood where the base64 begins; so nothing of [`Framing::AwsEventStream`] can be
+    /// rewritten in place.
     fn text(&mut self, unit: Unit, text: &[u8], body_offset: u64);
     /// `unit` is complete. Each unit is ended once, also when the body breaks off.
     fn end(&mut self, unit: Unit);

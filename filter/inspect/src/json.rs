@@ -206,16 +206,16 @@ impl Tokenizer {
                 }
                 State::Failed => return index,
                 State::Escape | State::Hex(_) => self.in_escape(byte, index, base, handler),
+                State::Number(Number::Integer | Number::Fraction) if byte.is_ascii_digit() => {
+                    index = self.digits(chunk, index);
+                    continue;
+                }
                 State::Number(number) => {
                     match number.next(byte) {
                         Some(next) => {
                             self.state = State::Number(next);
-                            self.integer = match (next, byte) {
-                                (Number::Integer, b'0'..=b'9') => self.integer.and_then(|value| {
-                                    value.checked_mul(10)?.checked_add(u64::from(byte - b'0'))
-                                }),
-                                _ => None,
-                            };
+                            // What is left here is negative, a fraction or has an exponent.
+                            self.integer = None;
                         }
                         None if number.is_complete() => {
                             handler.scalar_end(index, self.number());
@@ -285,6 +285,19 @@ impl Tokenizer {
             (None, State::Done) => Ok(()),
             (None, _) => Err(ContentError::Truncated),
         }
+    }
+
+    /// Reads the digits of an integer or a fraction; returns the index of what follows.
+    fn digits(&mut self, chunk: &[u8], index: usize) -> usize {
+        let rest = chunk.get(index..).unwrap_or_default();
+        let count = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        if let Some(value) = self.integer {
+            self.integer = rest
+                .iter()
+                .take(count)
+                .try_fold(value, |value, byte| value.checked_mul(10)?.checked_add(u64::from(byte - b'0')));
+        }
+        index + count
     }
 
     fn number(&self) -> Scalar {

@@ -287,7 +287,16 @@ impl Document {
     }
 
     /// The next piece of a scored text.
+    #[inline]
     fn text(&mut self, kind: Kind, text: &[u8], body_offset: u64, escape: bool, sink: &mut impl Sink) {
+        match self.string_unit {
+            Some(unit) => sink.text(unit, text, body_offset),
+            None => self.first_text(kind, text, body_offset, escape, sink),
+        }
+    }
+
+    /// A piece of a text whose unit is not settled for the rest of its string.
+    fn first_text(&mut self, kind: Kind, text: &[u8], body_offset: u64, escape: bool, sink: &mut impl Sink) {
         let thought = self.thought == Some(true) && matches!(kind, Kind::Spoken | Kind::Assistant);
         let kind = if thought { Kind::Reasoning } else { kind };
         let joined =

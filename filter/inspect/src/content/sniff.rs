@@ -10,7 +10,7 @@ use super::style::ApiStyle;
 use crate::json::{Container, Handler, Scalar, Tokenizer};
 
 /// Most bytes that are kept until the style is decided.
-pub(crate) const MAX_SNIFFED_BYTES: usize = 4096;
+pub(crate) const MAX_SNIFFED_BYTES: usize = 2048;
 
 /// Keys that decide only together with another.
 const MODEL: u8 = 1;
