@@ -110,7 +110,7 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
         ])
     })?;
     // In the release profile: the host links the same C libraries there.
-    steps.step("every adapter against its codec", || {
+    steps.step("every adapter against its codec, and its lints", || {
         cargo(&[
             "test",
             "--quiet",
@@ -120,7 +120,22 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             "--all-features",
             "--test",
             "adapters",
-        ])
+        ])?;
+        for package in ["driftlock-engine", "driftlock-openzl"] {
+            cargo(&[
+                "clippy",
+                "--quiet",
+                "--release",
+                "--package",
+                package,
+                "--all-features",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ])?;
+        }
+        Ok(())
     })?;
 
     for package in ["driftlock-engine", "driftlock-inspect", "driftlock-fuzz", "xtask"] {
