@@ -64,6 +64,8 @@ const JSON: &[&[u8]] = &[
     b"\"params\":{\"arguments\":{",
     b"\"result\":{\"content\":[{\"text\":\"",
     b"\"embedding\":[0.5,",
+    b"\"embeddings\":{\"float\":[[1],",
+    b"[1,\"x\",{\"k\":2},",
     b"{\"message\":{\"content\":\"",
     b"\"system\":\"",
     b"\r\n--x\r\n",

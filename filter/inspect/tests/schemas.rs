@@ -562,6 +562,22 @@ fn multipart_forms() {
     assert_eq!(check(make, b"no delimiter").1.1, Err(ContentError::Truncated));
 }
 
+/// Among numbers that are counted, only numbers are.
+#[test]
+fn nothing_hides_among_numbers() {
+    let body = r#"{"embeddings":{"float":[[1,-2e3],[4]],"key":["a text"],"last":{"of":5}},"embedding":[1,"b",{"c":[2,"d"],"e":6}]}"#;
+    let style = ApiStyle::of_path(b"/v1/embeddings");
+    let make = || BodyParser::for_response(style, Some(b"application/json")).unwrap();
+    let (_, (told, result, summary, _)) = check(make, body.as_bytes());
+    assert!(result.is_ok());
+    let envelope = String::from_utf8(told.units[&Unit { role: Role::Envelope, index: 0 }].0.clone()).unwrap();
+    assert_eq!(
+        envelope,
+        r#"{"embeddings":{"float":[[][]],"key":["a text"],"last":{"of":5}},"embedding":["b",{"c":["d"],"e":6}]}"#
+    );
+    assert_eq!(summary.skipped_bytes + envelope.len() as u64, body.len() as u64);
+}
+
 /// Random padding in blanks does not make an event a new one.
 #[test]
 fn blanks_between_values_make_no_new_shape() {

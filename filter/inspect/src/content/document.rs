@@ -745,7 +745,6 @@ impl<S: Sink> Handler for Pass<'_, S> {
     }
 
     fn key_begin(&mut self, index: usize) {
-        self.numbers_end(index);
         self.document.key_at = Some(self.position(index));
     }
 

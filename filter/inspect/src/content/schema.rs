@@ -136,8 +136,9 @@ pub(crate) enum Place {
         media: bool,
     },
     Padding,
-    /// Numbers, counted.
+    /// A list of numbers, counted, or of such lists; and an object of them.
     Vector,
+    Vectors,
     Usage,
     Tokens(Tokens),
 }
@@ -310,7 +311,7 @@ impl Schema {
             },
             Place::Cited(kind) if key == b"content" => Place::Content(kind),
             Place::Blob { media } if is_media_key(key) => Place::Blob { media },
-            Place::Vector => Place::Vector,
+            Place::Vectors => Place::Vector,
             Place::Usage => Self::of_usage(key),
             _ => Place::Other,
         }
@@ -517,6 +518,7 @@ impl Place {
             Self::Raw(_) | Self::Data(_) | Self::InRaw => Self::InRaw,
             Self::RepeatedContent => Self::Content(Kind::Repeat),
             Self::Part(kind) if !object => Self::Content(kind),
+            Self::Vector if object => Self::Vectors,
             Self::Input if object => Self::Item,
             Self::Messages if object => Self::Message(Kind::Spoken),
             // Cohere streams one call at a time, not in a list.
