@@ -11,7 +11,7 @@
 //! | its answer: JSON, NDJSON, `text/event-stream`, AWS event-stream | the same, the pieces of a stream joined |
 //! | other JSON | the same, if its outermost keys are those of a known API; else one body unit, raw bytes, the grammar checked |
 //! | other NDJSON | one body unit |
-//! | other `text/event-stream` | one body unit: the events' data, names, ids and comments, a newline after each |
+//! | other `text/event-stream` | the same by its first event, else one body unit: the events' data, names, ids and comments, a newline after each |
 //! | urlencoded form | one body unit, decoded |
 //! | `multipart/…` | fields and text files each a unit, part headers as envelope, the rest counted |
 //! | text, XML, JavaScript, YAML, GraphQL | one body unit, raw bytes |
@@ -42,7 +42,7 @@ use form::Form;
 use media::Media;
 use multipart::Multipart;
 use schema::{Mode, Schema};
-use sniff::{MAX_SNIFFED_BYTES, Sniffer};
+use sniff::{EventSniffer, MAX_SNIFFED_BYTES, Sniffer};
 use stream::{Events, Frames};
 pub use style::{ApiStyle, Framing, Provider};
 
@@ -324,6 +324,7 @@ enum Parser {
     Unknown(After),
     /// JSON of an API yet to be found out, and what came of it.
     Sniffed(Box<(Sniffer, Vec<u8>)>),
+    SniffedEvents(Box<(EventSniffer, Vec<u8>)>),
 }
 
 /// What a body that turns out to be JSON is.
@@ -404,7 +405,9 @@ impl BodyParser {
         let (style, parser) = match media {
             Media::Json => (ApiStyle::Json, Parser::Unknown(After::Any { many: false })),
             Media::JsonLines => (ApiStyle::Json, Parser::Json(Tokenizer::new(true))),
-            Media::EventStream => (ApiStyle::Sse, Parser::RawEvents(EventReader::new(), DataUnit::default())),
+            Media::EventStream => {
+                (ApiStyle::Sse, Parser::SniffedEvents(Box::new((EventSniffer::new(request), Vec::new()))))
+            }
             Media::Form => (ApiStyle::Form, Parser::Form(Form::default())),
             Media::Text => (ApiStyle::Text, Parser::Text),
             Media::Unknown => (ApiStyle::Unlabelled, Parser::Unknown(After::Any { many: true })),
@@ -422,7 +425,7 @@ impl BodyParser {
 
     fn new(style: ApiStyle, request: bool, parser: Parser) -> Self {
         let framing = match &parser {
-            Parser::Events(_) | Parser::RawEvents(..) => Framing::Sse,
+            Parser::Events(_) | Parser::RawEvents(..) | Parser::SniffedEvents(_) => Framing::Sse,
             Parser::Frames(_) => Framing::AwsEventStream,
             Parser::Documents(reader) if reader.is_self_framed() => Framing::JsonLines,
             _ => Framing::Whole,
@@ -460,17 +463,15 @@ impl BodyParser {
                 self.parser = self.by_first_byte(*first, after);
             }
         }
-        if let Parser::Sniffed(parts) = &mut self.parser {
-            let (sniffer, kept) = &mut **parts;
-            let room = MAX_SNIFFED_BYTES.saturating_sub(kept.len()).min(chunk.len());
-            let (head, rest) = chunk.split_at_checked(room).unwrap_or((chunk, &[]));
-            kept.extend_from_slice(head);
-            let decided = sniffer.push(head);
-            if decided.is_none() && kept.len() < MAX_SNIFFED_BYTES {
-                return;
-            }
-            self.sniffed(decided.flatten(), sink);
-            (chunk, base) = (rest, base + head.len() as u64);
+        let (kept_bytes, decided) = match &mut self.parser {
+            Parser::Sniffed(parts) => keep(&mut parts.1, chunk, |head| parts.0.push(head)),
+            Parser::SniffedEvents(parts) => keep(&mut parts.1, chunk, |head| parts.0.push(head)),
+            _ => (0, Some(None)),
+        };
+        if kept_bytes > 0 {
+            let Some(style) = decided else { return };
+            self.sniffed(style, sink);
+            (chunk, base) = (chunk.get(kept_bytes..).unwrap_or_default(), base + kept_bytes as u64);
         }
         if !chunk.is_empty() {
             self.read(chunk, base, sink);
@@ -502,15 +503,18 @@ impl BodyParser {
     fn sniffed(&mut self, style: Option<ApiStyle>, sink: &mut impl Sink) {
         let mode = if self.request { Mode::Request } else { Mode::Response };
         let many = self.style == ApiStyle::Unlabelled;
+        let events = matches!(self.parser, Parser::SniffedEvents(_));
         let parser = match style {
-            Some(style) => {
-                self.style = style;
-                Parser::Documents(Box::new(Reader::whole(Schema { style, mode }, many)))
-            }
+            Some(style) if events => Parser::Events(Box::new(Events::new(style))),
+            Some(style) => Parser::Documents(Box::new(Reader::whole(Schema { style, mode }, many))),
+            None if events => Parser::RawEvents(EventReader::new(), DataUnit::default()),
             None => Parser::Json(Tokenizer::new(many)),
         };
-        if let Parser::Sniffed(parts) = mem::replace(&mut self.parser, parser) {
-            self.read(&parts.1, self.summary.leading_blank_bytes, sink);
+        self.style = style.unwrap_or(self.style);
+        match mem::replace(&mut self.parser, parser) {
+            Parser::Sniffed(parts) => self.read(&parts.1, self.summary.leading_blank_bytes, sink),
+            Parser::SniffedEvents(parts) => self.read(&parts.1, 0, sink),
+            _ => {}
         }
     }
 
@@ -534,7 +538,10 @@ impl BodyParser {
                 }
                 sink.text(BODY, chunk, base);
             }
-            Parser::Text | Parser::Unknown(_) | Parser::Sniffed(_) => sink.text(BODY, chunk, base),
+            // The last three read nothing before they are decided.
+            Parser::Text | Parser::Unknown(_) | Parser::Sniffed(_) | Parser::SniffedEvents(_) => {
+                sink.text(BODY, chunk, base);
+            }
         }
     }
 
@@ -549,7 +556,7 @@ impl BodyParser {
         }
         self.finished = true;
         let body_bytes = self.summary.body_bytes;
-        if let Parser::Sniffed(_) = self.parser {
+        if let Parser::Sniffed(_) | Parser::SniffedEvents(_) = self.parser {
             self.sniffed(None, sink);
         }
         let result = match &mut self.parser {
@@ -616,7 +623,8 @@ impl BodyParser {
             | Parser::Form(_)
             | Parser::Multipart(_)
             | Parser::Unknown(_)
-            | Parser::Sniffed(_) => Ok(()),
+            | Parser::Sniffed(_)
+            | Parser::SniffedEvents(_) => Ok(()),
         };
         result.map(|()| self.summary)
     }
@@ -636,6 +644,19 @@ impl Summary {
             ..reader.document.summary
         };
     }
+}
+
+/// Keeps what of `chunk` may still be needed to decide on the style; returns how much that is, and the decision.
+fn keep(
+    kept: &mut Vec<u8>,
+    chunk: &[u8],
+    decide: impl FnOnce(&[u8]) -> Option<Option<ApiStyle>>,
+) -> (usize, Option<Option<ApiStyle>>) {
+    let room = MAX_SNIFFED_BYTES.saturating_sub(kept.len()).min(chunk.len());
+    let head = chunk.get(..room).unwrap_or_default();
+    kept.extend_from_slice(head);
+    let full = kept.len() >= MAX_SNIFFED_BYTES;
+    (room, decide(head).or(full.then_some(None)))
 }
 
 /// The one unit of a body without known schema.

@@ -595,6 +595,15 @@ fn a_body_whose_path_says_nothing_is_found_out() {
     let (texts, (.., style)) = check(make, body);
     same(&texts, &[("system", "s"), ("user", "q")]);
     assert_eq!(style, ApiStyle::OpenAiChat);
+    let make = || BodyParser::for_response(None, Some(b"text/event-stream")).unwrap();
+    let events = b": hello\n\nevent: message\ndata: {\"jsonrpc\":\"2.0\",\"result\":{\"content\":[{\"text\":\"r\"}]}}\n\n";
+    let (texts, (.., style)) = check(make, events);
+    same(&texts, &[("tool_result", "r")]);
+    assert_eq!(style, ApiStyle::JsonRpc);
+    let (texts, (.., style)) = check(make, b"data: {\"tick\":1}\n\ndata: {\"jsonrpc\":1}\n\n");
+    same(&texts, &[("body", "{\"tick\":1}\n{\"jsonrpc\":1}\n")]);
+    assert_eq!(style, ApiStyle::Sse);
+    let make = || BodyParser::for_request(b"/custom", Some(b"application/json")).unwrap();
     // Too late: the body is one unit.
     let late = format!(r#"{{"filler":"{}","messages":[{{"content":"q"}}]}}"#, "x".repeat(5000));
     let (texts, (.., style)) = check(make, late.as_bytes());

@@ -1,13 +1,14 @@
-//! The API of a JSON body whose path says nothing, from its outermost keys.
+//! The API of a JSON body or an event stream whose path says nothing, from its outermost keys.
 //!
 //! MCP and A2A servers, custom gateways and proxies choose their own paths. The first bytes of such a body are
-//! kept (they pass on meanwhile) until a key decides, the document ends, or `MAX_SNIFFED_BYTES` are read. So
+//! kept (they pass on meanwhile) until a key decides, the document or the first event ends, or `MAX_SNIFFED_BYTES` are read. So
 //! the answer depends on the bytes alone, not on how they are cut.
 //!
 //! Cost: these bytes are read twice. Left out on purpose: values, which anyone can send.
 
 use super::style::ApiStyle;
 use crate::json::{Container, Handler, Scalar, Tokenizer};
+use crate::sse::{self, EventReader};
 
 /// Most bytes that are kept until the style is decided.
 pub(crate) const MAX_SNIFFED_BYTES: usize = 2048;
@@ -54,6 +55,51 @@ impl Sniffer {
             }
         }
         self.keys.decided
+    }
+}
+
+/// The same of the first event with data in a stream of them.
+#[derive(Debug)]
+pub(crate) struct EventSniffer {
+    framing: EventReader,
+    first: FirstEvent,
+}
+
+#[derive(Debug)]
+struct FirstEvent {
+    sniffer: Sniffer,
+    has_data: bool,
+    decided: Option<Option<ApiStyle>>,
+}
+
+impl EventSniffer {
+    pub(crate) fn new(request: bool) -> Self {
+        let first = FirstEvent { sniffer: Sniffer::new(request), has_data: false, decided: None };
+        Self { framing: EventReader::new(), first }
+    }
+
+    /// Reads more of the stream; the answer, once there is one.
+    pub(crate) fn push(&mut self, chunk: &[u8]) -> Option<Option<ApiStyle>> {
+        self.framing.push(chunk, 0, &mut self.first);
+        self.first.decided
+    }
+}
+
+impl sse::Handler for FirstEvent {
+    fn data(&mut self, piece: &[u8], _: u64) {
+        self.has_data = true;
+        if self.decided.is_none() {
+            self.decided = self.sniffer.push(piece);
+        }
+    }
+
+    fn other(&mut self, _: &[u8], _: u64) {}
+    fn other_end(&mut self) {}
+
+    fn event_end(&mut self, _: u64) {
+        if self.has_data {
+            self.decided.get_or_insert(None);
+        }
     }
 }
 
