@@ -145,9 +145,7 @@ fn bits(baseline: &StreamBaseline, texts: &[Vec<u8>]) -> f64 {
     let cost: u64 = texts
         .iter()
         .map(|text| {
-            let mut scorer = unit.scorer();
-            scorer.push(&unit.model, text, 0);
-            scorer.finish(&unit.model).cost
+            unit.score(text).cost
         })
         .sum();
     cost as f64 / 256.0 / texts.len() as f64

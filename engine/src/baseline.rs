@@ -15,13 +15,13 @@
 //!
 //! Left out on purpose: compression of the snapshot (tables are near-random bytes; transport can).
 //!
-//! # Format, version 1, little-endian
+//! # Format, version 2, little-endian
 //! `"DRIFTLCK"`, u16 version, u32 number of streams; per stream: name, u32 messages trained on, u16
-//! number of units; per unit: name, u32 normalised
-//! classes, u64 expected cost, i64 standardised median and spread, i64 peak
-//! median and spread, u8 order, u64 trained bytes, u16 escape, u32 slots, 8 bytes a slot; then u32
-//! number of calibration statistics, i64 each, rising. A name is u16 length and UTF-8 bytes. Last, 32
-//! bytes of SHA-256.
+//! number of units; per unit: name, u32 normalised classes, the model (u64 trained bytes, u32 slots, u32
+//! each, a byte each; u16 fields, three u32 each), the vocabulary (u32 blocks, u64 each), what bytes cost
+//! (u32 mean and variance of all, of text, of each field), the spread (u64, u64), five tails (u32 units,
+//! u32 beyond, i64 threshold, i64 scale, u16 quantiles, i64 each); then u32 number of calibration
+//! statistics, i64 each, rising. A name is u16 length and UTF-8 bytes. Last, 32 bytes of SHA-256.
 
 use alloc::borrow::ToOwned;
 use alloc::string::String;
@@ -30,10 +30,11 @@ use alloc::vec::Vec;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::calibrate::{Calibration, NormalRanges, Range, UNSEEN_UNIT};
-use crate::coder::{ContextModel, Counts, DEFAULT_ORDER, ModelError, State};
+use crate::calibrate::{Calibration, NormalRanges, Spread, Tail, UNSEEN_UNIT};
+use crate::coder::{Block, ContextModel, Counts, ModelError};
 use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser, Piece};
-use crate::score::{UnitScorer, UnitScores};
+use crate::score::{Expected, Moments, UnitModel, UnitScorer, UnitScores};
+use crate::words::{Vocabulary, WordSet};
 
 /// SHA-256 of a baseline's bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,11 +62,9 @@ impl core::fmt::Debug for Digest {
 /// Bounds of training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrainingOptions {
-    /// Longest context, bytes.
-    pub order: u8,
-    /// Most distinct n-grams counted for one kind of unit.
+    /// Most distinct n-grams counted for one kind of unit, and most words and pairs of words.
     pub max_ngrams: usize,
-    /// Largest frozen table of one kind of unit, bytes.
+    /// Largest frozen tables of one kind of unit, bytes; a third as much again for its words.
     pub max_table_bytes: usize,
     /// Most bytes of one unit that are learned from; the rest of a longer one is ignored in training.
     pub max_unit_bytes: usize,
@@ -76,9 +75,8 @@ pub struct TrainingOptions {
 impl Default for TrainingOptions {
     fn default() -> Self {
         Self {
-            order: DEFAULT_ORDER,
-            max_ngrams: 1 << 18,
-            max_table_bytes: 4 << 20,
+            max_ngrams: 1 << 19,
+            max_table_bytes: 768 << 10,
             max_unit_bytes: 16 << 10,
             normalised: DEFAULT_NORMALISED,
         }
@@ -88,18 +86,18 @@ impl Default for TrainingOptions {
 /// One content unit of a training message: its kind and its bytes.
 pub type TrainingUnit = (&'static str, Vec<u8>);
 
-/// Counts n-grams of a stream's messages, by kind of unit.
+/// Counts what a stream's messages hold, by kind of unit.
 #[derive(Clone, Debug)]
 pub struct StreamTrainer {
     options: TrainingOptions,
-    counts: Vec<(&'static str, Counts)>,
+    kinds: Vec<(&'static str, Counts, WordSet)>,
     messages: u32,
 }
 
 impl StreamTrainer {
     /// Nothing counted yet.
     pub fn new(options: TrainingOptions) -> Self {
-        Self { options, counts: Vec::new(), messages: 0 }
+        Self { options, kinds: Vec::new(), messages: 0 }
     }
 
     /// Messages counted.
@@ -109,7 +107,19 @@ impl StreamTrainer {
 
     /// Occurrences of n-grams that found no room.
     pub fn overflowed(&self) -> u64 {
-        self.counts.iter().map(|(_, counts)| counts.overflowed()).sum()
+        self.kinds.iter().map(|(_, counts, _)| counts.overflowed()).sum()
+    }
+
+    fn kind(&mut self, name: &'static str) -> Option<&mut (&'static str, Counts, WordSet)> {
+        let at = match self.kinds.iter().position(|(known, ..)| *known == name) {
+            Some(at) => at,
+            None => {
+                let most = self.options.max_ngrams;
+                self.kinds.push((name, Counts::new(most), WordSet::new(most)));
+                self.kinds.len() - 1
+            }
+        };
+        self.kinds.get_mut(at)
     }
 
     /// Counts one message.
@@ -118,28 +128,39 @@ impl StreamTrainer {
         for (name, text) in units {
             let sample = text.get(..self.options.max_unit_bytes).unwrap_or(text);
             let sample = &normalise(sample, self.options.normalised);
-            match self.counts.iter_mut().find(|(known, _)| known == name) {
-                Some((_, counts)) => counts.train(sample),
-                None => {
-                    let mut counts = Counts::new(self.options.order, self.options.max_ngrams);
-                    counts.train(sample);
-                    self.counts.push((name, counts));
-                }
+            if let Some((_, counts, words)) = self.kind(name) {
+                counts.train(sample);
+                words.train(sample);
+            }
+        }
+    }
+
+    /// Adds what another trainer of the same stream has counted, such as another proxy's. As long as
+    /// nothing overflows, the models are those of one trainer that saw all the messages.
+    pub fn merge(&mut self, other: &StreamTrainer) {
+        self.messages = self.messages.saturating_add(other.messages);
+        for (name, other_counts, other_words) in &other.kinds {
+            if let Some((_, counts, words)) = self.kind(name) {
+                counts.merge(other_counts);
+                words.merge(other_words);
             }
         }
     }
 
     /// The models, no longer open to training.
     pub fn freeze(self) -> Models {
-        let max_table_bytes = self.options.max_table_bytes;
-        let mut units: Vec<(String, ContextModel)> = self
-            .counts
+        let TrainingOptions { max_table_bytes, max_unit_bytes, normalised, .. } = self.options;
+        let mut units: Vec<(String, UnitModel)> = self
+            .kinds
             .into_iter()
-            .map(|(name, counts)| (name.to_owned(), counts.freeze(max_table_bytes)))
+            .map(|(name, counts, words)| {
+                let vocabulary = words.freeze(max_table_bytes / 3);
+                let coder = counts.freeze(max_table_bytes);
+                (name.to_owned(), UnitModel { normalised, coder, vocabulary, expected: Expected::default() })
+            })
             .collect();
         units.sort_by(|a, b| a.0.cmp(&b.0));
-        let TrainingOptions { max_unit_bytes, normalised, .. } = self.options;
-        Models { units, messages: self.messages, max_unit_bytes, normalised }
+        Models { units, messages: self.messages, max_unit_bytes }
     }
 }
 
@@ -155,45 +176,46 @@ fn normalise(text: &[u8], classes: ClassSet) -> Vec<u8> {
 /// Frozen models without their normal ranges.
 #[derive(Clone, Debug)]
 pub struct Models {
-    units: Vec<(String, ContextModel)>,
+    units: Vec<(String, UnitModel)>,
     messages: u32,
     max_unit_bytes: usize,
-    normalised: ClassSet,
 }
 
 impl Models {
     /// Fits each kind's normal range on `held_out` messages that were not trained on.
     pub fn tune(self, stream: &str, held_out: &[Vec<TrainingUnit>]) -> StreamBaseline {
-        let scores_of = |name: &str, model: &ContextModel| -> Vec<UnitScores> {
+        let texts_of = |name: &str| -> Vec<&[u8]> {
             held_out
                 .iter()
                 .flatten()
                 .filter(|(unit, text)| *unit == name && !text.is_empty())
-                .map(|(_, text)| {
-                    // Only the spans depend on the expected cost, and no range on the spans.
-                    let mut scorer = UnitScorer::new(0, self.normalised);
-                    scorer.push(model, text.get(..self.max_unit_bytes).unwrap_or(text), 0);
-                    scorer.finish(model)
-                })
+                .map(|(_, text)| text.get(..self.max_unit_bytes).unwrap_or(text))
                 .collect()
         };
-        let scored: Vec<(String, ContextModel, Vec<UnitScores>)> = self
-            .units
-            .into_iter()
-            .map(|(name, model)| {
-                let scores = scores_of(&name, &model);
-                (name, model, scores)
-            })
-            .collect();
+        let mut scored: Vec<(String, UnitModel, Vec<UnitScores>)> = Vec::new();
+        let (mut sum_of_means, mut kinds) = (0u64, 0u64);
+        for (name, mut model) in self.units {
+            let texts = texts_of(&name);
+            let normalised: Vec<Vec<u8>> = texts.iter().map(|text| normalise(text, model.normalised)).collect();
+            model.expect(normalised.iter().map(Vec::as_slice));
+            let scores = texts.iter().map(|text| score(&model, text)).collect();
+            if !texts.is_empty() {
+                sum_of_means += u64::from(model.expected.all.mean);
+                kinds += 1;
+            }
+            scored.push((name, model, scores));
+        }
+        let mean = sum_of_means.checked_div(kinds).unwrap_or(0) as u32;
         let all: Vec<UnitScores> = scored.iter().flat_map(|(_, _, scores)| scores.iter().copied()).collect();
-        let pooled = NormalRanges::fit(&all, None);
+        let pooled = NormalRanges::fit(mean, &all, None);
         let units = scored
             .into_iter()
-            .map(|(name, model, scores)| UnitBaseline {
-                name,
-                normalised: self.normalised,
-                model,
-                ranges: NormalRanges::fit(&scores, Some(&pooled)),
+            .map(|(name, mut model, scores)| {
+                if scores.is_empty() {
+                    model.expected.assume(mean);
+                }
+                let ranges = NormalRanges::fit(model.expected.all.mean, &scores, Some(&pooled));
+                UnitBaseline { name, model, ranges }
             })
             .collect();
         let mut baseline = StreamBaseline {
@@ -208,39 +230,50 @@ impl Models {
     }
 }
 
+fn score(model: &UnitModel, text: &[u8]) -> UnitScores {
+    let mut scorer = UnitScorer::new(model);
+    scorer.push(model, text, 0);
+    scorer.finish(model)
+}
+
 /// What normal units of one kind look like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitBaseline {
     /// Kind of unit, e.g. `user`.
     pub name: String,
-    /// Classes of token that are scored as a marker.
-    pub normalised: ClassSet,
-    /// Code lengths.
-    pub model: ContextModel,
+    /// Code lengths, words and what is expected of them.
+    pub model: UnitModel,
     /// Normal ranges of the scores.
     pub ranges: NormalRanges,
 }
 
 impl UnitBaseline {
-    /// A scorer for a unit of this kind; feed it with [`Self::model`].
-    pub fn scorer(&self) -> UnitScorer {
-        UnitScorer::new(self.ranges.expected, self.normalised)
+    /// The scores of a whole unit.
+    pub fn score(&self, text: &[u8]) -> UnitScores {
+        score(&self.model, text)
     }
 
     /// What each byte of a whole unit costs, in 1/256 bit. The cost of a marker is on the first byte of
     /// the token that it stands for; the token's other bytes cost nothing.
     pub fn costs(&self, text: &[u8]) -> Vec<u32> {
         let mut costs = vec![0; text.len()];
-        let mut state = State::default();
+        let (mut state, mut block) = (self.model.coder.start(), Block::default());
         let mut emit = |piece: Piece<'_>| {
-            for (&byte, i) in piece.text.iter().zip(0..) {
-                let at = piece.offset as usize + if piece.class.is_none() { i } else { 0 };
-                if let Some(cost) = costs.get_mut(at) {
-                    *cost += u32::from(self.model.step(&mut state, byte));
+            let mut done = 0;
+            while let Some(rest) = piece.text.get(done..)
+                && !rest.is_empty()
+            {
+                let len = self.model.coder.cost_block(&mut state, rest, &mut block);
+                for (&cost, i) in block.costs().iter().zip(done..) {
+                    let at = piece.offset as usize + if piece.class.is_none() { i } else { 0 };
+                    if let Some(sum) = costs.get_mut(at) {
+                        *sum += u32::from(cost);
+                    }
                 }
+                done += len;
             }
         };
-        let mut normaliser = Normaliser::new(self.normalised);
+        let mut normaliser = Normaliser::new(self.model.normalised);
         normaliser.push(text, 0, &mut emit);
         normaliser.finish(&mut emit);
         costs
@@ -300,11 +333,7 @@ impl StreamBaseline {
         let statistic = |(name, text): &TrainingUnit| match self.unit(name) {
             _ if text.is_empty() => i64::MIN,
             None => UNSEEN_UNIT,
-            Some(unit) => {
-                let mut scorer = unit.scorer();
-                scorer.push(&unit.model, text, 0);
-                unit.ranges.statistic(&scorer.finish(&unit.model))
-            }
+            Some(unit) => unit.ranges.statistic(&unit.score(text)),
         };
         units.iter().map(statistic).max().unwrap_or(i64::MIN)
     }
@@ -321,13 +350,25 @@ impl StreamBaseline {
         out.extend_from_slice(&(self.units.len() as u16).to_le_bytes());
         for unit in &self.units {
             put_name(out, &unit.name);
-            out.extend_from_slice(&unit.normalised.bits().to_le_bytes());
-            let n = &unit.ranges;
-            out.extend_from_slice(&n.expected.to_le_bytes());
-            for value in [n.standardised.median, n.standardised.spread, n.peak.median, n.peak.spread] {
-                out.extend_from_slice(&value.to_le_bytes());
+            let UnitModel { normalised, coder, vocabulary, expected } = &unit.model;
+            out.extend_from_slice(&normalised.bits().to_le_bytes());
+            coder.encode(out);
+            vocabulary.encode(out);
+            for moments in [expected.all, expected.text].iter().chain(&expected.fields) {
+                out.extend_from_slice(&moments.mean.to_le_bytes());
+                out.extend_from_slice(&moments.variance.to_le_bytes());
             }
-            unit.model.encode(out);
+            let NormalRanges { expected: _, spread, tails } = &unit.ranges;
+            out.extend_from_slice(&spread.per_byte.to_le_bytes());
+            out.extend_from_slice(&spread.per_square.to_le_bytes());
+            for tail in tails {
+                out.extend_from_slice(&tail.units.to_le_bytes());
+                out.extend_from_slice(&tail.beyond.to_le_bytes());
+                out.extend_from_slice(&tail.threshold.to_le_bytes());
+                out.extend_from_slice(&tail.scale.to_le_bytes());
+                out.extend_from_slice(&(tail.quantiles.len() as u16).to_le_bytes());
+                tail.quantiles.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
+            }
         }
         out.extend_from_slice(&(self.calibration.statistics().len() as u32).to_le_bytes());
         for statistic in self.calibration.statistics() {
@@ -350,7 +391,7 @@ pub struct Snapshot {
 }
 
 const MAGIC: &[u8; 8] = b"DRIFTLCK";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const DIGEST_BYTES: usize = 32;
 
 /// Why the bytes of a snapshot were refused.
@@ -511,8 +552,17 @@ impl<'a> Reader<'a> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
+    fn u64(&mut self) -> Result<u64, SnapshotError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
     fn i64(&mut self) -> Result<i64, SnapshotError> {
         Ok(i64::from_le_bytes(self.array()?))
+    }
+
+    /// `count` values of `size` bytes each.
+    fn values(&mut self, count: usize, size: usize) -> Result<&'a [u8], SnapshotError> {
+        self.take(count.checked_mul(size).ok_or(SnapshotError::Length(self.at))?)
     }
 
     fn name(&mut self) -> Result<String, SnapshotError> {
@@ -522,8 +572,19 @@ impl<'a> Reader<'a> {
         Ok(name.to_owned())
     }
 
-    fn range(&mut self) -> Result<Range, SnapshotError> {
-        Ok(Range { median: self.i64()?, spread: self.i64()? })
+    fn moments(&mut self) -> Result<Moments, SnapshotError> {
+        Ok(Moments { mean: self.u32()?, variance: self.u32()? })
+    }
+
+    fn tail(&mut self) -> Result<Tail, SnapshotError> {
+        let (units, beyond, threshold, scale) = (self.u32()?, self.u32()?, self.i64()?, self.i64()?);
+        let count = usize::from(self.u16()?);
+        let (quantiles, _) = self.values(count, 8)?.as_chunks::<8>();
+        let quantiles: Vec<i64> = quantiles.iter().map(|&value| i64::from_le_bytes(value)).collect();
+        if !quantiles.is_sorted() {
+            return Err(SnapshotError::Unsorted(self.at));
+        }
+        Ok(Tail { units, beyond, threshold, scale, quantiles })
     }
 
     fn stream(&mut self) -> Result<StreamBaseline, SnapshotError> {
@@ -539,8 +600,8 @@ impl<'a> Reader<'a> {
             }
             units.push(unit);
         }
-        let len = (self.u32()? as usize).checked_mul(8).ok_or(SnapshotError::Length(self.at))?;
-        let (statistics, _) = self.take(len)?.as_chunks::<8>();
+        let count = self.u32()? as usize;
+        let (statistics, _) = self.values(count, 8)?.as_chunks::<8>();
         let statistics: Vec<i64> = statistics.iter().map(|&s| i64::from_le_bytes(s)).collect();
         if !statistics.is_sorted() {
             return Err(SnapshotError::Unsorted(self.at));
@@ -554,17 +615,24 @@ impl<'a> Reader<'a> {
         let name = self.name()?;
         let at = self.at;
         let normalised = ClassSet::from_bits(self.u32()?).ok_or(SnapshotError::Classes(at))?;
-        let expected = u64::from_le_bytes(self.array()?);
-        let standardised = self.range()?;
-        let peak = self.range()?;
-        let [order] = self.array()?;
-        let trained_bytes = u64::from_le_bytes(self.array()?);
-        let escape = self.u16()?;
-        let slots = (self.u32()? as usize).checked_mul(8).ok_or(SnapshotError::Length(self.at))?;
-        let slots = self.take(slots)?;
-        let model = ContextModel::decode(order, trained_bytes, escape, slots)
+        let trained_bytes = self.u64()?;
+        let slots = self.u32()? as usize;
+        let (slots, codes) = (self.values(slots, 4)?, self.take(slots)?);
+        let fields = usize::from(self.u16()?);
+        let coder = ContextModel::decode(trained_bytes, slots, codes, self.values(fields, 12)?)
             .map_err(|error| SnapshotError::Model { stream: stream.to_owned(), unit: name.clone(), error })?;
-        Ok(UnitBaseline { name, normalised, model, ranges: NormalRanges { expected, standardised, peak } })
+        let blocks = self.u32()? as usize;
+        let vocabulary = Vocabulary::decode(self.values(blocks, 8)?);
+        let (all, text) = (self.moments()?, self.moments()?);
+        let of_fields: Result<Vec<Moments>, SnapshotError> = (0..fields).map(|_| self.moments()).collect();
+        let spread = Spread { per_byte: self.u64()?, per_square: self.u64()? };
+        let mut tails: [Tail; 5] = Default::default();
+        for tail in &mut tails {
+            *tail = self.tail()?;
+        }
+        let expected = Expected { all, text, fields: of_fields? };
+        let ranges = NormalRanges { expected: all.mean, spread, tails };
+        Ok(UnitBaseline { name, model: UnitModel { normalised, coder, vocabulary, expected }, ranges })
     }
 }
 

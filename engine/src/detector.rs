@@ -25,7 +25,7 @@ use alloc::vec::Vec;
 
 use crate::ENGINE_VERSION;
 use crate::baseline::{
-    Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit, UnitBaseline,
+    Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit,
 };
 use crate::calibrate::{UNSEEN_UNIT, messages_for_alpha};
 use crate::evidence::{self, MAX_UNITS, Metrics, Outcome, Scores, Span, UnitSummary, Verdict};
@@ -456,7 +456,7 @@ impl Message {
                     None => {
                         let kind = baseline.units().iter().position(|unit| unit.name == id.name);
                         let known = kind.and_then(|kind| baseline.units().get(kind));
-                        let scorer = known.map(UnitBaseline::scorer);
+                        let scorer = known.map(|known| UnitScorer::new(&known.model));
                         open.push(OpenUnit { id, kind, scorer, bytes: 0 });
                         open.len() - 1
                     }

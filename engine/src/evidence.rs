@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 
 use serde::Serialize;
 
-use crate::calibrate::{NormalRanges, PValue, UNIT_SCORE, UNSEEN_UNIT};
+use crate::calibrate::{NormalRanges, PValue, UNIT_SCORE, UNSEEN_UNIT, View};
 use crate::score::{ExcessSpan, UnitScores};
 
 /// What came of inspecting a message.
@@ -90,20 +90,41 @@ pub const MAX_UNITS: usize = 8;
 /// Scores of a unit; see [`crate::score`] for the formulas.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Scores {
-    /// Standardised total and peak on a common scale, added: 0 is the median normal unit, 2 about the
-    /// 90th percentile. Absent for a kind of unit that the baseline has never seen.
+    /// The largest surprise among the views, bits, with a ten-thousandth of the others. Absent for a kind
+    /// of unit that the baseline has never seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub statistic: Option<f64>,
+    /// The view with the largest surprise.
+    pub view: &'static str,
+    /// By view, -log2 of the share of normal units with at least as much, bits.
+    pub surprise_bits: SurpriseBits,
     /// Bits per scored byte; a volatile token counts as the three bytes of its marker.
     pub mean_bits: f64,
     /// Bits per scored byte expected.
     pub expected_mean_bits: f64,
-    /// (T - mu L) / sqrt(L), bits per square root of a byte.
-    pub standardised: f64,
-    /// log2 sum 2^(c/4), bits.
-    pub peak: f64,
+    /// Words in text without fields.
+    pub words: u32,
+    /// Of these, how many the baseline does not know.
+    pub new_words: u32,
+    /// Neighbouring familiar words that the baseline never saw side by side.
+    pub new_pairs: u32,
     /// Excess of the largest span over expectation and margin, bits.
     pub max_excess_bits: f64,
+}
+
+/// A surprise for each view, bits; see [`crate::calibrate::View`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SurpriseBits {
+    /// The code length of the whole.
+    pub total: f64,
+    /// A soft maximum of the bytes' costs.
+    pub peak: f64,
+    /// Odd values in fields.
+    pub fields: f64,
+    /// New pairs of familiar words.
+    pub new_pairs: f64,
+    /// New words.
+    pub new_words: f64,
 }
 
 /// Sums over a message.
@@ -182,12 +203,19 @@ pub(crate) fn mean_bits(scores: &UnitScores) -> f64 {
 
 impl Scores {
     pub(crate) fn new(value: i64, unit: &UnitScores, ranges: &NormalRanges) -> Self {
+        let surprises = ranges.surprises(unit);
+        let largest = View::ALL.into_iter().zip(surprises).rev().max_by_key(|(_, surprise)| *surprise);
+        let [total, peak, fields, new_pairs, new_words] =
+            surprises.map(|surprise| thousandths(i128::from(surprise) * 1000 / i128::from(UNIT_SCORE)));
         Self {
             statistic: statistic(value),
+            view: largest.map_or("", |(view, _)| view.as_str()),
+            surprise_bits: SurpriseBits { total, peak, fields, new_pairs, new_words },
             mean_bits: mean_bits(unit),
             expected_mean_bits: ratio(u128::from(ranges.expected), 1 << 16),
-            standardised: bits(i128::from(unit.standardised(ranges.expected))),
-            peak: bits(i128::from(unit.peak())),
+            words: unit.words.words,
+            new_words: unit.words.new_words,
+            new_pairs: unit.words.new_pairs,
             max_excess_bits: bits(i128::from(unit.max_excess())),
         }
     }
@@ -207,7 +235,7 @@ impl Metrics {
 }
 
 impl Span {
-    pub(crate) fn new(span: &ExcessSpan, expected: u64) -> Self {
+    pub(crate) fn new(span: &ExcessSpan, expected: u32) -> Self {
         let length = u128::from(span.end - span.start);
         Self {
             start: span.start,

@@ -34,9 +34,11 @@ pub mod detector;
 pub mod drift;
 pub mod evidence;
 pub mod metrics;
+pub mod field;
 pub mod normalise;
 pub mod score;
 pub mod significance;
+pub mod words;
 
 /// The version every verdict carries; a change that can change a verdict raises it.
 pub const ENGINE_VERSION: &str = env!("CARGO_PKG_VERSION");

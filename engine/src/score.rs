@@ -1,28 +1,32 @@
-//! Code lengths to nonconformity scores and spans, byte by byte, in constant memory.
+//! Code lengths to nonconformity scores and spans, in constant memory.
 //!
-//! What: [`UnitScorer`] runs over a content unit's bytes as they arrive. With L bytes of costs c_i
-//! (bits), T = sum c_i and mu the calibrated mean cost of a byte, a unit's scores are
-//! - **mean** = T / L, bits per byte: for people;
-//! - **standardised** = (T - mu L) / sqrt(L): is the unit as a whole unlike the baseline, whatever its
-//!   length? The total of L bytes of ordinary text strays from mu L by about sqrt(L);
-//! - **peak** = log2 sum 2^(c_i / 4): a soft maximum of the costs; a few odd bytes in ordinary text
-//!   move it though they vanish in the mean;
-//! - **largest excess span**: the highest values of a CUSUM (Page 1954) over `cost - mu - margin`.
-//!   The stretch from where it left zero to its highest point is the evidence.
+//! What: [`UnitScorer`] runs over a content unit's bytes as they arrive. With L bytes of costs c_i (bits),
+//! T = sum c_i and mu the calibrated mean cost of a byte, it keeps the sums behind five views of a unit:
+//! - **total**, (T - mu L) against the spread that normal units of that length have: is the unit as a
+//!   whole unlike the baseline?
+//! - **peak** = log2 sum 2^(c_i / 4), a soft maximum of the costs: a few odd bytes in ordinary text move it
+//!   though they vanish in the total;
+//! - **fields** = log2 (1 + sum max(0, z_f)^2) over the fields of the unit, z_f = (S_f - mu_f L_f) /
+//!   sqrt(v_f L_f + 8) with the field's own calibrated mean and variance: odd values;
+//! - **new words** and **new pairs** of familiar words (see [`crate::words`]), in text without fields.
 //!
-//! The decision rests on standardised and peak together (see [`crate::calibrate`]): of some 3,300
-//! combinations of cheap statistics tried under the evaluation protocol this was the best with one
-//! configuration for all sets; DECISIONS.md has the figures. Spans say where, not whether: on traffic
-//! with random tokens the largest excess of every normal message is its token.
+//! And, as evidence, the **largest excess spans**: the highest values of a CUSUM (Page 1954) over
+//! `cost - mu - margin`; each is the stretch from where it left zero to its highest point. And the
+//! **mean** T / L, bits per byte, for people.
 //!
-//! Cost: one table look-up of the model and about ten integer operations a byte; a [`UnitScorer`] is
-//! under 512 bytes, whatever the unit's length. Every split of the bytes into chunks gives the same
-//! result, since all of it is sums and one recurrence.
+//! [`crate::calibrate`] makes one statistic of the views. Spans say where, not whether: on traffic with
+//! random tokens the largest excess of every normal message is its token.
 //!
-//! Left out on purpose: turning scores into p-values (see [`crate::calibrate`]).
+//! Cost: the model's (see [`crate::coder`]), and about five operations a byte; a [`UnitScorer`] takes under
+//! 3 KiB, whatever the unit's length. Every split of the bytes into chunks gives the same result, since
+//! all of it is sums and one recurrence.
 
-use crate::coder::{ContextModel, MAX_COST, State, UNITS_PER_BIT, log2_fixed};
+use crate::coder::{
+    Block, BLOCK_BYTES, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, log2_fixed, peak_weight,
+};
 use crate::normalise::{ClassSet, Normaliser, Piece};
+use crate::words::{Vocabulary, WordTally, WordTracker};
+use alloc::vec::Vec;
 
 /// How many spans are kept as evidence.
 pub const MAX_SPANS: usize = 3;
@@ -30,28 +34,138 @@ pub const MAX_SPANS: usize = 3;
 /// What a byte must cost beyond expectation, in 1/256 bit, before it adds to an excess span.
 pub const EXCESS_MARGIN: u32 = 4 * UNITS_PER_BIT;
 
-/// 2^(i/32) in 1/65536.
-const POWERS: [u32; 32] = [
-    65536, 66971, 68438, 69936, 71468, 73032, 74632, 76266, 77936, 79642, 81386, 83169, 84990, 86851, 88752,
-    90696, 92682, 94711, 96785, 98905, 101070, 103283, 105545, 107856, 110218, 112631, 115098, 117618,
-    120194, 122825, 125515, 128263,
-];
+/// What a unit of one kind is scored under.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitModel {
+    /// Classes of token that markers stand for.
+    pub normalised: ClassSet,
+    /// Code lengths.
+    pub coder: ContextModel,
+    /// Words that training saw.
+    pub vocabulary: Vocabulary,
+    /// What bytes cost in held-out normal units.
+    pub expected: Expected,
+}
 
-/// 2^(c/4) in 1/256, by cost c in 1/8 bit.
-#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
-const PEAK_WEIGHTS: [u32; PEAK_STEPS] = {
-    let mut weights = [0; PEAK_STEPS];
-    let mut k = 0;
-    while k < PEAK_STEPS {
-        // c/4 bits = k/32; 65536 down to 256 is the shift by 8.
-        weights[k] = ((POWERS[k % 32] as u64) << (k / 32) >> 8) as u32;
-        k += 1;
+/// What bytes cost in held-out normal units.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// Of all bytes.
+    pub all: Moments,
+    /// Of bytes in fields without contexts of their own, and in free text.
+    pub text: Moments,
+    /// Of each field with contexts of its own.
+    pub fields: Vec<Moments>,
+}
+
+/// Mean and variance of the cost of a byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moments {
+    /// 1/65536 bit.
+    pub mean: u32,
+    /// 1/65536 square bit.
+    pub variance: u32,
+}
+
+/// Sums of costs and of their squares, to take [`Moments`] of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CostSums {
+    bytes: u64,
+    /// 1/256 bit.
+    cost: u64,
+    /// 1/65536 square bit.
+    squares: u64,
+}
+
+impl CostSums {
+    pub(crate) fn add(&mut self, costs: &[u16]) {
+        for &cost in costs {
+            self.bytes += 1;
+            self.cost += u64::from(cost);
+            self.squares += u64::from(cost) * u64::from(cost);
+        }
     }
-    weights
-};
-const PEAK_STEPS: usize = (MAX_COST as usize >> PEAK_SHIFT) + 1;
-/// From 1/256 bit to 1/8 bit.
-const PEAK_SHIFT: u32 = 5;
+
+    pub(crate) fn merge(&mut self, other: CostSums) {
+        self.bytes += other.bytes;
+        self.cost += other.cost;
+        self.squares += other.squares;
+    }
+
+    /// The moments, drawn towards `all` as if that had been seen on 20 bytes more.
+    pub(crate) fn moments(self, all: Moments) -> Moments {
+        const PRIOR_BYTES: u64 = 20;
+        const MIN_VARIANCE: u64 = 65_536 / 20;
+        let mean_of_all = u64::from(all.mean);
+        // The second moment of all bytes, 1/65536 square bit.
+        let square_of_all = u64::from(all.variance) + (mean_of_all * mean_of_all >> 16);
+        let n = self.bytes + PRIOR_BYTES;
+        let mean = (u128::from(self.cost) * 256 + u128::from(PRIOR_BYTES * mean_of_all)) / u128::from(n);
+        let square = (u128::from(self.squares) + u128::from(PRIOR_BYTES * square_of_all)) / u128::from(n);
+        let variance = (square as u64).saturating_sub((mean as u64 * mean as u64) >> 16);
+        let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        Moments { mean: small(mean as u64), variance: small(variance.max(MIN_VARIANCE)) }
+    }
+
+    /// The moments of these bytes alone; zero without bytes.
+    pub(crate) fn own_moments(self) -> Moments {
+        let n = u128::from(self.bytes.max(1));
+        let mean = (u128::from(self.cost) * 256 / n) as u64;
+        let square = (u128::from(self.squares) / n) as u64;
+        let variance = square.saturating_sub(mean * mean >> 16);
+        Moments { mean: mean as u32, variance: u32::try_from(variance).unwrap_or(u32::MAX) }
+    }
+}
+
+impl UnitModel {
+    /// Fits [`Self::expected`] to held-out normal units.
+    pub fn expect<'a>(&mut self, units: impl Iterator<Item = &'a [u8]>) {
+        let mut fields: Vec<CostSums> = alloc::vec![CostSums::default(); self.coder.fields()];
+        let mut text = CostSums::default();
+        let mut block = Block::default();
+        for unit in units {
+            let mut state = self.coder.start();
+            let mut rest = unit;
+            while !rest.is_empty() {
+                let done = self.coder.cost_block(&mut state, rest, &mut block);
+                let mut start = 0;
+                for segment in block.segments() {
+                    let costs = block.costs().get(start..segment.end).unwrap_or_default();
+                    let sums = segment.field.and_then(|field| fields.get_mut(field.index()));
+                    sums.unwrap_or(&mut text).add(costs);
+                    start = segment.end;
+                }
+                rest = rest.get(done..).unwrap_or_default();
+            }
+            if let (Some(field), Some(cost)) = (state.field(), self.coder.end_cost(&state))
+                && let Some(sums) = fields.get_mut(field.index())
+            {
+                sums.add(&[cost]);
+            }
+        }
+        let mut all = text;
+        fields.iter().for_each(|sums| all.merge(*sums));
+        let all = all.own_moments();
+        self.expected = Expected {
+            all,
+            text: text.moments(all),
+            fields: fields.into_iter().map(|sums| sums.moments(all)).collect(),
+        };
+    }
+}
+
+impl Expected {
+    /// Without units to tell: every byte costs `mean` (1/65536 bit), as much as other kinds' do.
+    pub(crate) fn assume(&mut self, mean: u32) {
+        let moments = CostSums::default().moments(Moments { mean, variance: mean });
+        (self.all, self.text) = (moments, moments);
+        self.fields.fill(moments);
+    }
+
+    fn of(&self, field: Option<FieldNumber>) -> Moments {
+        field.map_or(self.text, |field| self.fields.get(field.index()).copied().unwrap_or(self.all))
+    }
+}
 
 /// A stretch of a unit that costs more than expected. Offsets are half open, `[start, end)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,37 +184,10 @@ pub struct ExcessSpan {
     pub excess: u64,
 }
 
-/// Running score of one content unit.
-#[derive(Clone, Debug)]
-pub struct UnitScorer {
-    /// Puts markers in the place of volatile tokens.
-    normaliser: Normaliser,
-    accounts: Accounts,
-}
-
-/// The sums behind the scores.
-#[derive(Clone, Debug)]
-struct Accounts {
-    state: State,
-    /// Expected cost of a byte plus the margin, 1/256 bit.
-    reference: u32,
-    bytes: u64,
-    source_bytes: u64,
-    cost: u64,
-    /// The excursion under way: from where the CUSUM last left zero to its highest point so far.
-    current: ExcessSpan,
-    /// Height of the CUSUM now, and code length since `current.start`.
-    height: u64,
-    running_cost: u64,
-    spans: [ExcessSpan; MAX_SPANS],
-    /// Sum of [`PEAK_WEIGHTS`].
-    peak_sum: u64,
-}
-
-/// The finished scores of a unit.
+/// The sums over a unit, as they stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UnitScores {
-    /// Bytes scored: those of the normalised text.
+    /// Symbols scored: bytes of the normalised text, and the end of the unit if it stands in a field.
     pub bytes: u64,
     /// Bytes of the text itself.
     pub source_bytes: u64,
@@ -108,6 +195,10 @@ pub struct UnitScores {
     pub cost: u64,
     /// Sum of 2^(c/4) over the bytes' costs c, in 1/256.
     pub peak_sum: u64,
+    /// Sum over fields of max(0, z)^2, in 1/256.
+    pub field_sum: u64,
+    /// Words in text without fields.
+    pub words: WordTally,
     /// Spans by falling excess; unused ones have no excess.
     pub spans: [ExcessSpan; MAX_SPANS],
 }
@@ -118,12 +209,10 @@ impl UnitScores {
         self.spans.first().map_or(0, |span| span.excess)
     }
 
-    /// (T - mu L) / sqrt(L) with `expected` = mu in 1/65536 bit; the result is in 1/256 bit.
-    pub fn standardised(&self, expected: u64) -> i64 {
-        let excess =
-            i128::from(self.cost) * i128::from(UNITS_PER_BIT) - i128::from(expected) * i128::from(self.bytes);
-        let root = (u128::from(self.bytes) << 16).isqrt().max(1) as i128;
-        (excess / root).clamp(i128::from(i64::MIN), i128::from(i64::MAX)) as i64
+    /// T - mu L with `expected` = mu in 1/65536 bit; the result is in 1/256 bit.
+    pub fn excess(&self, expected: u32) -> i64 {
+        let expected = u128::from(expected) * u128::from(self.bytes) / u128::from(UNITS_PER_BIT);
+        (i128::from(self.cost) - expected as i128).clamp(i64::MIN.into(), i64::MAX.into()) as i64
     }
 
     /// log2 sum 2^(c/4), in 1/256 bit; 0 for an empty unit.
@@ -131,53 +220,57 @@ impl UnitScores {
         // The sum is in 1/256: 8 bits less.
         i64::from(log2_fixed(self.peak_sum) >> 4).saturating_sub(8 * i64::from(UNITS_PER_BIT)).max(0)
     }
-}
 
-impl UnitScorer {
-    /// `expected`: the calibrated mean cost of a byte, 1/65536 bit. `normalised`: the classes of token
-    /// that markers stand for; those that the model was trained with.
-    pub fn new(expected: u64, normalised: ClassSet) -> Self {
-        let reference = (expected / u64::from(UNITS_PER_BIT)).min(u64::from(MAX_COST)) as u32 + EXCESS_MARGIN;
-        Self {
-            normaliser: Normaliser::new(normalised),
-            accounts: Accounts {
-                state: State::default(),
-                reference,
-                bytes: 0,
-                source_bytes: 0,
-                cost: 0,
-                current: ExcessSpan::default(),
-                height: 0,
-                running_cost: 0,
-                spans: [ExcessSpan::default(); MAX_SPANS],
-                peak_sum: 0,
-            },
-        }
+    /// log2 (1 + sum max(0, z_f)^2), in 1/256.
+    pub fn fields(&self) -> i64 {
+        i64::from(log2_fixed(self.field_sum.saturating_add(256)) >> 4) - 8 * 256
     }
 
-    /// Scores the unit's next bytes. `body_offset` is where `text` stands in the message body; a
-    /// stretch without escapes advances one for one.
-    pub fn push(&mut self, model: &ContextModel, text: &[u8], body_offset: u64) {
-        let accounts = &mut self.accounts;
-        self.normaliser.push(text, body_offset, &mut |piece| accounts.piece(model, piece));
+    /// sqrt of the number of new pairs of familiar words, in 1/256.
+    pub fn new_pairs(&self) -> i64 {
+        (u64::from(self.words.new_pairs) << 16).isqrt() as i64
     }
 
-    /// The scores of what has been pushed.
-    pub fn finish(self, model: &ContextModel) -> UnitScores {
-        let mut accounts = self.accounts;
-        self.normaliser.finish(&mut |piece| accounts.piece(model, piece));
-        accounts.keep_current();
-        UnitScores {
-            bytes: accounts.bytes,
-            source_bytes: accounts.source_bytes,
-            cost: accounts.cost,
-            peak_sum: accounts.peak_sum,
-            spans: accounts.spans,
-        }
+    /// New words / (words + 5), in 1/65536.
+    pub fn new_words(&self) -> i64 {
+        ((u64::from(self.words.new_words) << 16) / (u64::from(self.words.words) + 5)) as i64
     }
 }
 
-/// Where one scored byte comes from, in the unit's text and in the body; half open.
+/// Running score of one content unit.
+#[derive(Clone, Debug)]
+pub struct UnitScorer {
+    /// Puts markers in the place of volatile tokens.
+    normaliser: Normaliser,
+    gathered: Gathered,
+    accounts: Accounts,
+}
+
+/// Most stretches of source text that a block is put together from.
+const MAX_STRETCHES: usize = 24;
+
+/// Normalised text that waits to be a block, and where it comes from.
+#[derive(Clone, Debug)]
+struct Gathered {
+    text: [u8; BLOCK_BYTES],
+    len: usize,
+    stretches: [Stretch; MAX_STRETCHES],
+    used: usize,
+}
+
+/// Bytes from `at` on come from here.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stretch {
+    at: u16,
+    /// All of its bytes stand for the whole of this source; else the source goes on with them.
+    token: bool,
+    offset: u64,
+    source_len: u32,
+    body_start: u64,
+    body_len: u32,
+}
+
+/// Where a byte comes from, in the unit's text and in the body; half open.
 #[derive(Clone, Copy)]
 struct Source {
     start: u64,
@@ -186,76 +279,236 @@ struct Source {
     body_end: u64,
 }
 
-impl Accounts {
-    #[inline]
-    fn piece(&mut self, model: &ContextModel, piece: Piece<'_>) {
-        let mut state = self.state;
-        if piece.class.is_none() {
-            for (&byte, i) in piece.text.iter().zip(0u64..) {
-                let cost = model.step(&mut state, byte);
-                let (start, body_start) = (piece.offset + i, piece.body_start + i);
-                self.account(cost, Source { start, end: start + 1, body_start, body_end: body_start + 1 });
-            }
-        } else {
-            // Each byte of a marker stands for the whole token.
-            let source = Source {
-                start: piece.offset,
-                end: piece.offset + piece.source_len,
-                body_start: piece.body_start,
-                body_end: piece.body_end,
+impl Gathered {
+    const EMPTY: Self = Self {
+        text: [0; BLOCK_BYTES],
+        len: 0,
+        stretches: [Stretch { at: 0, token: false, offset: 0, source_len: 0, body_start: 0, body_len: 0 };
+            MAX_STRETCHES],
+        used: 0,
+    };
+
+    fn text(&self) -> &[u8] {
+        self.text.get(..self.len).unwrap_or_default()
+    }
+
+    /// Takes as many bytes of the piece as there is room for, from `from` on; returns how many.
+    fn take(&mut self, piece: &Piece<'_>, from: usize) -> usize {
+        let rest = piece.text.get(from..).unwrap_or_default();
+        let room = BLOCK_BYTES - self.len;
+        let token = piece.class.is_some();
+        if self.used == MAX_STRETCHES || (token && rest.len() > room) {
+            return 0;
+        }
+        let taken = rest.get(..room).unwrap_or(rest);
+        if let Some(to) = self.text.get_mut(self.len..self.len + taken.len()) {
+            to.copy_from_slice(taken);
+        }
+        let skipped = if token { 0 } else { from as u64 };
+        let (offset, body_start) = (piece.offset + skipped, piece.body_start + skipped);
+        let goes_on = self.used.checked_sub(1).and_then(|last| self.stretches.get(last)).is_some_and(|last| {
+            let len = self.len as u64 - u64::from(last.at);
+            !token && !last.token && last.offset + len == offset && last.body_start + len == body_start
+        });
+        if !goes_on && let Some(slot) = self.stretches.get_mut(self.used) {
+            *slot = Stretch {
+                at: self.len as u16,
+                token,
+                offset,
+                source_len: u32::try_from(piece.source_len).unwrap_or(u32::MAX),
+                body_start,
+                body_len: u32::try_from(piece.body_end - piece.body_start).unwrap_or(u32::MAX),
             };
-            for &byte in piece.text {
-                let cost = model.step(&mut state, byte);
-                self.account(cost, source);
-            }
+            self.used += 1;
         }
-        self.source_bytes += piece.source_len;
-        self.state = state;
+        self.len += taken.len();
+        taken.len()
     }
 
-    #[inline(always)]
-    fn account(&mut self, cost: u16, source: Source) {
-        let wide = u64::from(cost);
-        self.cost += wide;
-        if self.height == 0 {
-            if u32::from(cost) > self.reference {
+    fn source(&self, i: usize) -> Source {
+        let stretches = self.stretches.get(..self.used).unwrap_or_default();
+        let at = stretches.partition_point(|stretch| usize::from(stretch.at) <= i).saturating_sub(1);
+        let stretch = stretches.get(at).copied().unwrap_or_default();
+        if stretch.token {
+            return Source {
+                start: stretch.offset,
+                end: stretch.offset + u64::from(stretch.source_len),
+                body_start: stretch.body_start,
+                body_end: stretch.body_start + u64::from(stretch.body_len),
+            };
+        }
+        let into = (i - usize::from(stretch.at)) as u64;
+        let (start, body_start) = (stretch.offset + into, stretch.body_start + into);
+        Source { start, end: start + 1, body_start, body_end: body_start + 1 }
+    }
+}
+
+/// The sums behind the scores.
+#[derive(Clone, Debug)]
+struct Accounts {
+    state: State,
+    /// Expected cost of a byte plus the margin, 1/256 bit.
+    reference: u32,
+    scores: UnitScores,
+    words: WordTracker,
+    /// Cost and bytes of the field under way.
+    field_cost: u64,
+    field_bytes: u64,
+    /// The excursion under way: from where the CUSUM last left zero to its highest point so far.
+    current: ExcessSpan,
+    /// Height of the CUSUM now, and code length since `current.start`.
+    height: u64,
+    running_cost: u64,
+}
+
+impl UnitScorer {
+    /// Nothing scored yet.
+    pub fn new(model: &UnitModel) -> Self {
+        let expected = (model.expected.all.mean / UNITS_PER_BIT).min(MAX_COST.into());
+        Self {
+            normaliser: Normaliser::new(model.normalised),
+            gathered: Gathered::EMPTY,
+            accounts: Accounts {
+                state: model.coder.start(),
+                reference: expected + EXCESS_MARGIN,
+                scores: UnitScores::default(),
+                words: WordTracker::default(),
+                field_cost: 0,
+                field_bytes: 0,
+                current: ExcessSpan::default(),
+                height: 0,
+                running_cost: 0,
+            },
+        }
+    }
+
+    /// Scores the unit's next bytes. `body_offset` is where `text` stands in the message body; a stretch
+    /// without escapes advances one for one.
+    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64) {
+        let Self { normaliser, gathered, accounts } = self;
+        let mut block = Block::default();
+        normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, &mut block));
+    }
+
+    /// The scores of what has been pushed.
+    pub fn finish(self, model: &UnitModel) -> UnitScores {
+        let Self { normaliser, mut gathered, mut accounts } = self;
+        let mut block = Block::default();
+        normaliser.finish(&mut |piece| accounts.gather(model, &mut gathered, &piece, &mut block));
+        accounts.flush(model, &mut gathered, &mut block);
+        accounts.end(model);
+        accounts.scores
+    }
+}
+
+impl Accounts {
+    fn gather(&mut self, model: &UnitModel, gathered: &mut Gathered, piece: &Piece<'_>, block: &mut Block) {
+        self.scores.source_bytes += piece.source_len;
+        let mut done = 0;
+        while done < piece.text.len() {
+            done += gathered.take(piece, done);
+            if done < piece.text.len() || gathered.len == BLOCK_BYTES {
+                self.flush(model, gathered, block);
+            }
+        }
+    }
+
+    /// Scores what was gathered.
+    fn flush(&mut self, model: &UnitModel, gathered: &mut Gathered, block: &mut Block) {
+        let text = gathered.text();
+        if text.is_empty() {
+            return;
+        }
+        model.coder.cost_block(&mut self.state, text, block);
+        self.scores.peak_sum += block.peak_sum();
+        self.scores.bytes += text.len() as u64;
+        let mut start = 0;
+        for segment in block.segments() {
+            let costs = block.costs().get(start..segment.end).unwrap_or_default();
+            let cost: u32 = costs.iter().map(|&cost| u32::from(cost)).sum();
+            self.scores.cost += u64::from(cost);
+            self.field_cost += u64::from(cost);
+            self.field_bytes += costs.len() as u64;
+            if model.coder.is_text(segment.field) {
+                self.words.push(&model.vocabulary, text.get(start..segment.end).unwrap_or_default());
+            } else {
+                self.words.break_off(&model.vocabulary);
+            }
+            if segment.complete {
+                self.end_field(model, segment.field);
+            }
+            start = segment.end;
+        }
+        let highest = block.costs().iter().copied().max().unwrap_or(0);
+        if self.height > 0 || u32::from(highest) > self.reference {
+            self.find_spans(block.costs(), gathered);
+        }
+        (gathered.len, gathered.used) = (0, 0);
+    }
+
+    fn end_field(&mut self, model: &UnitModel, field: Option<FieldNumber>) {
+        let moments = model.expected.of(field);
+        let expected = self.field_bytes * u64::from(moments.mean) / u64::from(UNITS_PER_BIT);
+        // 1/256 bit; its square is in 1/65536 as the variance is.
+        let excess = self.field_cost.saturating_sub(expected);
+        if excess > 0 {
+            let variance = u64::from(moments.variance).saturating_mul(self.field_bytes).saturating_add(8 << 16);
+            let squared = u128::from(excess) * u128::from(excess) * 256 / u128::from(variance);
+            self.scores.field_sum = self.scores.field_sum.saturating_add(squared.min(1 << 48) as u64);
+        }
+        (self.field_cost, self.field_bytes) = (0, 0);
+    }
+
+    fn end(&mut self, model: &UnitModel) {
+        if self.scores.bytes == 0 {
+            return;
+        }
+        if let Some(cost) = model.coder.end_cost(&self.state) {
+            self.scores.cost += u64::from(cost);
+            self.scores.peak_sum += peak_weight(cost);
+            self.scores.bytes += 1;
+            self.field_cost += u64::from(cost);
+            self.field_bytes += 1;
+        }
+        self.end_field(model, self.state.field());
+        self.words.break_off(&model.vocabulary);
+        self.scores.words = self.words.tally();
+        self.keep_current();
+    }
+
+    #[inline(never)]
+    fn find_spans(&mut self, costs: &[u16], gathered: &Gathered) {
+        for (i, &cost) in costs.iter().enumerate() {
+            if self.height == 0 {
+                if u32::from(cost) <= self.reference {
+                    continue;
+                }
                 self.keep_current();
-                let (start, body_start) = (source.start, source.body_start);
-                self.current = ExcessSpan { start, body_start, ..ExcessSpan::default() };
+                let source = gathered.source(i);
+                self.current =
+                    ExcessSpan { start: source.start, body_start: source.body_start, ..ExcessSpan::default() };
                 self.running_cost = 0;
-                self.rise(wide, source);
             }
-        } else {
-            self.rise(wide, source);
-        }
-        let weight = PEAK_WEIGHTS.get(usize::from(cost) >> PEAK_SHIFT).copied().unwrap_or(u32::MAX);
-        self.peak_sum += u64::from(weight);
-        self.bytes += 1;
-    }
-
-    #[inline(always)]
-    fn rise(&mut self, cost: u64, source: Source) {
-        self.running_cost += cost;
-        self.height = (self.height + cost).saturating_sub(u64::from(self.reference));
-        if self.height > self.current.excess {
-            self.current.excess = self.height;
-            self.current.cost = self.running_cost;
-            self.current.end = source.end;
-            self.current.body_end = source.body_end;
+            let cost = u64::from(cost);
+            self.running_cost += cost;
+            self.height = (self.height + cost).saturating_sub(u64::from(self.reference));
+            if self.height > self.current.excess {
+                let source = gathered.source(i);
+                self.current.excess = self.height;
+                self.current.cost = self.running_cost;
+                self.current.end = source.end;
+                self.current.body_end = source.body_end;
+            }
         }
     }
 
     /// Files the finished excursion among the largest; an earlier one wins a tie.
     fn keep_current(&mut self) {
-        insert_span(&mut self.spans, self.current);
-        self.current = ExcessSpan::default();
-    }
-}
-
-fn insert_span(spans: &mut [ExcessSpan; MAX_SPANS], mut span: ExcessSpan) {
-    for slot in spans {
-        if span.excess > slot.excess {
-            core::mem::swap(slot, &mut span);
+        let mut span = core::mem::take(&mut self.current);
+        for slot in &mut self.scores.spans {
+            if span.excess > slot.excess {
+                core::mem::swap(slot, &mut span);
+            }
         }
     }
 }
@@ -264,15 +517,35 @@ fn insert_span(spans: &mut [ExcessSpan; MAX_SPANS], mut span: ExcessSpan) {
 mod tests {
     use super::*;
     use crate::coder::Counts;
+    use crate::words::WordSet;
     use proptest::prelude::*;
     use std::vec::Vec;
 
-    fn model() -> ContextModel {
-        let mut counts = Counts::new(5, 1 << 16);
-        for i in 0..40u32 {
-            counts.train(std::format!("order {} of customer {} is on its way", i * 37 % 100, i).as_bytes());
+    fn model(normalised: ClassSet) -> UnitModel {
+        let (mut counts, mut words) = (Counts::new(1 << 16), WordSet::new(1 << 12));
+        let unit = |i: u32| {
+            let text = std::format!("order {} of customer {} is on its way", i * 37 % 100, i);
+            if i % 3 == 0 { std::format!("GET /orders?id={i}&note={text}") } else { text }
+        };
+        for i in 0..120 {
+            counts.train(unit(i).as_bytes());
+            words.train(unit(i).as_bytes());
         }
-        counts.freeze(1 << 20)
+        let (coder, vocabulary) = (counts.freeze(1 << 20), words.freeze(1 << 16));
+        let mut model = UnitModel { normalised, coder, vocabulary, expected: Expected::default() };
+        let held_out: Vec<Vec<u8>> = (120..160).map(|i| unit(i).into_bytes()).collect();
+        model.expect(held_out.iter().map(|unit| &unit[..]));
+        model
+    }
+
+    fn score(model: &UnitModel, text: &[u8], cuts: &[usize], body: u64) -> UnitScores {
+        let mut cuts: Vec<usize> = cuts.iter().map(|&c| c.min(text.len())).chain([0, text.len()]).collect();
+        cuts.sort_unstable();
+        let mut scorer = UnitScorer::new(model);
+        for pair in cuts.windows(2) {
+            scorer.push(model, &text[pair[0]..pair[1]], body + pair[0] as u64);
+        }
+        scorer.finish(model)
     }
 
     /// All maximal excursions of the CUSUM by the textbook recurrence, largest first.
@@ -302,36 +575,68 @@ mod tests {
     proptest! {
         #[test]
         fn scores_are_the_oracles_and_every_split_agrees(
-            unit in prop::collection::vec(prop::sample::select(b"order 0123456789 of <'=>".to_vec()), 0..300),
-            cuts in prop::collection::vec(0usize..300, 0..8),
+            head in prop::sample::select(std::vec!["", "GET /orders?id=", "note="]),
+            unit in prop::collection::vec(prop::sample::select(b"order 0123456789 of <'=&>".to_vec()), 0..700),
+            cuts in prop::collection::vec(0usize..700, 0..8),
         ) {
-            let model = model();
-            let mut whole = UnitScorer::new(300 << 8, ClassSet::NONE);
-            whole.push(&model, &unit, 1000);
-            let whole = whole.finish(&model);
-
-            let mut cuts: Vec<usize> = cuts.into_iter().map(|c| c.min(unit.len())).chain([0, unit.len()]).collect();
-            cuts.sort_unstable();
-            let mut split = UnitScorer::new(300 << 8, ClassSet::NONE);
-            for pair in cuts.windows(2) {
-                split.push(&model, &unit[pair[0]..pair[1]], 1000 + pair[0] as u64);
+            let model = model(ClassSet::NONE);
+            let unit = [head.as_bytes(), &unit].concat();
+            let whole = score(&model, &unit, &[], 1000);
+            prop_assert_eq!(whole, score(&model, &unit, &cuts, 1000));
+            let bytewise: Vec<usize> = (0..unit.len()).collect();
+            prop_assert_eq!(whole, score(&model, &unit, &bytewise, 1000));
+            if unit.is_empty() {
+                prop_assert_eq!(whole, UnitScores::default());
+                return Ok(());
             }
-            prop_assert_eq!(whole, split.finish(&model));
 
-            let costs = model.costs(&unit);
-            prop_assert_eq!(whole.cost, costs.iter().map(|&c| u64::from(c)).sum::<u64>());
-            let peak: f64 = costs.iter().map(|&c| (f64::from(c) / 1024.0).exp2()).sum();
-            if !unit.is_empty() {
-                // Costs are taken in steps of 1/8 bit, so the peak is up to 1/32 low.
-                let error = peak.log2() - whole.peak() as f64 / 256.0;
-                prop_assert!((-0.01..0.05).contains(&error), "peak {} against {}", whole.peak(), peak.log2());
-                let total: f64 = costs.iter().map(|&c| f64::from(c) / 256.0).sum();
-                let length = costs.len() as f64;
-                let standardised = (total - 300.0 / 256.0 * length) / length.sqrt();
-                let error = standardised - whole.standardised(300 << 8) as f64 / 256.0;
-                prop_assert!(error.abs() < 0.02 + standardised.abs() / 500.0, "standardised {standardised}");
+            let costs = model.coder.costs(&unit);
+            let (mut state, mut block) = (model.coder.start(), Block::default());
+            // By field: its number, cost and bytes.
+            let mut fields: Vec<(Option<FieldNumber>, f64, f64)> = Vec::new();
+            let mut goes_on = false;
+            for chunk in unit.chunks(BLOCK_BYTES) {
+                model.coder.cost_block(&mut state, chunk, &mut block);
+                let mut start = 0;
+                for segment in block.segments() {
+                    let cost: f64 = block.costs()[start..segment.end].iter().map(|&c| f64::from(c) / 256.0).sum();
+                    let bytes = (segment.end - start) as f64;
+                    match fields.last_mut() {
+                        Some(field) if goes_on => { field.1 += cost; field.2 += bytes; }
+                        _ => fields.push((segment.field, cost, bytes)),
+                    }
+                    (start, goes_on) = (segment.end, !segment.complete);
+                }
             }
-            let spans = oracle(&costs, 300 + i64::from(EXCESS_MARGIN));
+            let end = model.coder.end_cost(&state);
+            if let Some(end) = end {
+                if !goes_on { fields.push((state.field(), 0.0, 0.0)); }
+                let last = fields.last_mut().unwrap();
+                last.1 += f64::from(end) / 256.0;
+                last.2 += 1.0;
+            }
+            let costs_with_end: Vec<u16> = costs.iter().copied().chain(end).collect();
+            let length = costs_with_end.len() as f64;
+            prop_assert_eq!(whole.bytes as f64, length);
+            prop_assert_eq!(whole.cost, costs_with_end.iter().map(|&c| u64::from(c)).sum::<u64>());
+            let peak: f64 = costs_with_end.iter().map(|&c| (f64::from(c) / 1024.0).exp2()).sum();
+            // Costs are taken in steps of 1/8 bit, so the peak is up to 1/32 low.
+            let error = peak.log2() - whole.peak() as f64 / 256.0;
+            prop_assert!((-0.01..0.05).contains(&error), "peak {} against {}", whole.peak(), peak.log2());
+            let total: f64 = costs_with_end.iter().map(|&c| f64::from(c) / 256.0).sum();
+            let excess = total - 300.0 / 256.0 * length;
+            prop_assert!((excess - whole.excess(300 << 8) as f64 / 256.0).abs() < 0.01);
+            let squares: f64 = fields.iter().map(|&(field, cost, bytes)| {
+                let moments = model.expected.of(field);
+                let mean = f64::from(moments.mean) / 65536.0;
+                let variance = f64::from(moments.variance) / 65536.0;
+                ((cost - mean * bytes) / (variance * bytes + 8.0).sqrt()).max(0.0).powi(2)
+            }).sum();
+            let field_view = (1.0 + squares).log2();
+            prop_assert!((field_view - whole.fields() as f64 / 256.0).abs() < 0.05, "{field_view} {}", whole.fields());
+
+            let reference = i64::from(model.expected.all.mean >> 8) + i64::from(EXCESS_MARGIN);
+            let spans = oracle(&costs, reference);
             for (i, span) in whole.spans.iter().enumerate() {
                 let expected = spans.get(i).copied().unwrap_or_default();
                 prop_assert_eq!((span.excess, span.start, span.end, span.cost), expected);
@@ -344,21 +649,15 @@ mod tests {
 
     #[test]
     fn a_token_is_scored_as_a_marker_and_every_split_agrees() {
-        let model = model();
         let text =
             "order 6f1c9f0e-5b1a-4c58-9f6e-2f1f0b8a7c11 of <script> 2026-11-23T10:00:00Z customer".as_bytes();
-        let run = |cut: usize, classes| {
-            let mut scorer = UnitScorer::new(300 << 8, classes);
-            scorer.push(&model, &text[..cut], 50);
-            scorer.push(&model, &text[cut..], 50 + cut as u64);
-            scorer.finish(&model)
-        };
-        let whole = run(0, ClassSet::VOLATILE);
+        let (with, without) = (model(ClassSet::VOLATILE), model(ClassSet::NONE));
+        let whole = score(&with, text, &[], 50);
         assert_eq!(whole.source_bytes, text.len() as u64);
         assert_eq!(whole.bytes, text.len() as u64 - (36 - 3) - (20 - 3));
-        assert!(whole.cost * 2 < run(0, ClassSet::NONE).cost);
+        assert!(whole.cost * 2 < score(&without, text, &[], 50).cost);
         for cut in 1..text.len() {
-            assert_eq!(run(cut, ClassSet::VOLATILE), whole, "cut at {cut}");
+            assert_eq!(score(&with, text, &[cut], 50), whole, "cut at {cut}");
         }
         // Offsets are those of the text, not of the markers.
         let script = 46..54usize;
@@ -369,17 +668,22 @@ mod tests {
 
     #[test]
     fn the_largest_span_is_where_the_odd_text_is() {
-        let model = model();
         let text = b"order 12 of customer 7 ';DROP TABLE-- is on its way";
-        let mut scorer = UnitScorer::new(300 << 8, ClassSet::NONE);
-        scorer.push(&model, text, 0);
-        let span = scorer.finish(&model).spans[0];
+        let span = score(&model(ClassSet::NONE), text, &[], 0).spans[0];
         let found = &text[span.start as usize..span.end as usize];
         assert!(found.windows(10).any(|w| w == b"DROP TABLE"), "{:?}", core::str::from_utf8(found));
     }
 
     #[test]
+    fn words_are_counted_in_text_without_fields() {
+        let model = model(ClassSet::NONE);
+        let words = score(&model, b"customer order of zebras", &[], 0).words;
+        assert_eq!((words.words, words.new_words), (4, 1));
+        assert_eq!(words.new_pairs, 1, "customer order");
+    }
+
+    #[test]
     fn a_running_score_is_small() {
-        assert!(core::mem::size_of::<UnitScorer>() <= 768, "{}", core::mem::size_of::<UnitScorer>());
+        assert!(size_of::<UnitScorer>() <= 3 << 10, "{}", size_of::<UnitScorer>());
     }
 }

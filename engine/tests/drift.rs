@@ -87,7 +87,7 @@ fn delays(outputs: &Outputs, from: &str, to: &str, seed: u64, options: DriftOpti
     let mut prompts: Vec<usize> = (0..805).collect();
     Chance::new(seed).shuffle(&mut prompts);
     let (baseline, stream) = prompts.split_at(BASELINE);
-    let mut counts = Counts::new(5, 1 << 18);
+    let mut counts = Counts::new(1 << 18);
     baseline[..TRAIN].iter().for_each(|&i| counts.train(outputs[from][i].as_bytes()));
     let model = counts.freeze(4 << 20);
     let rows = |of: &str, prompts: &[usize]| -> Vec<Row> {

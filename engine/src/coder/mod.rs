@@ -1,0 +1,162 @@
+//! The `context` coder: a byte-level variable-order Markov model with field-aware contexts, frozen into a
+//! back-off automaton.
+//!
+//! What: [`Counts`] collects, message by message, how often each symbol followed each context;
+//! [`Counts::freeze`] turns that into a [`ContextModel`], which gives each byte's code length, in 1/256
+//! bit, given the bytes before it. A byte is predicted by the longest known context: first those within
+//! its field (see [`crate::field`]; up to 3 bytes, and how the value begins), then those of plain text (up
+//! to 4 bytes). In a context seen n times, a symbol seen c times has probability (c - 1/2)/n; what that
+//! leaves is the escape to the next shorter context (Ney, Essen, Kneser 1994, absolute discounting by
+//! 1/2; PPMD of Howard 1993 is the same estimate). Beyond the last context a byte costs 8 bits.
+//!
+//! What freezing leaves out, so that tables stay in the processor's cache: fields whose own contexts cost
+//! more than they save on a sample of units left out one by one (free text does); symbols that save less
+//! than 8 bits over all their occurrences (Stolcke 1998, in spirit), and more until the table fits.
+//!
+//! Why a frozen model: scoring allocates nothing and recompresses nothing, can be fed in any chunks, and
+//! each byte's cost says where a message is surprising. Why fields: an odd value in a familiar field is
+//! ordinary text for a model that does not know where it stands.
+//!
+//! Cost: training updates up to nine counters a byte (16 bytes each); scoring a byte takes one slot of
+//! five bytes if the longest context predicts it, and a walk down the contexts otherwise. Four parts of a
+//! block are scored side by side, since one walk alone waits for memory most of the time.
+//!
+//! Left out on purpose: exclusion (PPM's correction for symbols that a longer context already ruled out)
+//! and mixing of orders: both need work for every context of every byte. DECISIONS.md has the
+//! comparison.
+
+mod context;
+mod counts;
+mod freeze;
+mod model;
+
+pub use counts::Counts;
+pub use model::{BLOCK_BYTES, Block, ContextModel, FieldNumber, Segment, State};
+
+/// Fixed-point scale of code lengths: this many units are one bit.
+pub const UNITS_PER_BIT: u32 = 256;
+
+/// No byte costs more than this (32 bits): beyond it, more escapes say nothing new.
+pub const MAX_COST: u16 = 32 * UNITS_PER_BIT as u16;
+
+/// Slots that a look-up tries in training. Hashes can be computed by anyone, so counts can be made to
+/// collide; beyond this many they are lost, not looked for.
+const MAX_PROBES: usize = 256;
+/// What a byte costs once every context has been escaped: log2(256).
+const UNIFORM_BITS: u64 = 8;
+/// [`MAX_COST`] in 1/4096 bit.
+const MAX_COST_FINE: u64 = (MAX_COST as u64) << 4;
+
+/// Mixes a number (the finaliser of splitmix64, Steele, Lea, Flood 2014).
+#[inline(always)]
+pub(crate) fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
+/// log2(x) in 1/4096, by repeated squaring; integers only, so every target agrees. `x` >= 1.
+pub(crate) fn log2_fixed(x: u64) -> u32 {
+    let x = x.max(1);
+    let exponent = 63 - x.leading_zeros();
+    // Mantissa in [1, 2) with 31 fractional bits.
+    let mut m = if exponent >= 31 { x >> (exponent - 31) } else { x << (31 - exponent) };
+    let mut fraction = 0u32;
+    for _ in 0..12 {
+        m = (m * m) >> 31;
+        fraction <<= 1;
+        if m >= 1 << 32 {
+            fraction |= 1;
+            m >>= 1;
+        }
+    }
+    (exponent << 12) | fraction
+}
+
+/// Costs that a slot can have: exact to 1/64 bit below 2 bits, coarser above, up to 20 bits.
+const CODES: usize = 256;
+
+/// The code nearest to a cost in 1/4096 bit.
+fn code_of(cost: u64) -> u8 {
+    let cost = (cost.min(MAX_COST_FINE) as u32 + 8) >> 4;
+    let code = match cost {
+        0..512 => (cost + 4) / 8,
+        512..1024 => 64 + (cost - 512 + 8) / 16,
+        _ => 96 + (cost - 1024 + 13) / 26,
+    };
+    code.min(CODES as u32 - 1) as u8
+}
+
+/// The cost that a code stands for, 1/256 bit.
+const fn cost_of(code: u32) -> u32 {
+    match code {
+        0..64 => code * 8,
+        64..96 => 512 + (code - 64) * 16,
+        _ => 1024 + (code - 96) * 26,
+    }
+}
+
+/// 2^(i/32) in 1/65536.
+const POWERS: [u32; 32] = [
+    65536, 66971, 68438, 69936, 71468, 73032, 74632, 76266, 77936, 79642, 81386, 83169, 84990, 86851, 88752,
+    90696, 92682, 94711, 96785, 98905, 101070, 103283, 105545, 107856, 110218, 112631, 115098, 117618,
+    120194, 122825, 125515, 128263,
+];
+
+/// 2^(c/4) in 1/256, by cost c in 1/8 bit: what a byte adds to a peak (see [`crate::score`]).
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
+const PEAK_WEIGHTS: [u32; PEAK_STEPS] = {
+    let mut weights = [0; PEAK_STEPS];
+    let mut k = 0;
+    while k < PEAK_STEPS {
+        // c/4 bits = k/32; 65536 down to 256 is the shift by 8.
+        weights[k] = ((POWERS[k % 32] as u64) << (k / 32) >> 8) as u32;
+        k += 1;
+    }
+    weights
+};
+const PEAK_STEPS: usize = (MAX_COST as usize >> PEAK_SHIFT) + 1;
+/// From 1/256 bit to 1/8 bit.
+const PEAK_SHIFT: u32 = 5;
+
+/// By code: the cost in the low half and its peak weight in the high half, so that a block's sums of both
+/// take one addition a byte.
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
+const WEIGHTED_COSTS: [u64; CODES] = {
+    let mut costs = [0; CODES];
+    let mut code = 0;
+    while code < CODES {
+        let cost = cost_of(code as u32);
+        costs[code] = cost as u64 | (PEAK_WEIGHTS[(cost >> PEAK_SHIFT) as usize] as u64) << 32;
+        code += 1;
+    }
+    costs
+};
+
+/// A cost, at most [`MAX_COST`], with its peak weight.
+#[inline(always)]
+fn weighted(cost: u32) -> u64 {
+    let cost = cost.min(MAX_COST.into());
+    let weight = PEAK_WEIGHTS.get((cost >> PEAK_SHIFT) as usize).copied().unwrap_or(u32::MAX);
+    u64::from(cost) | u64::from(weight) << 32
+}
+
+/// The peak weight of a cost, 2^(c/4) in 1/256.
+pub(crate) fn peak_weight(cost: u16) -> u64 {
+    weighted(cost.into()) >> 32
+}
+
+/// Why the bytes of a model were refused.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    /// The tables' lengths disagree, or no automaton has them.
+    #[error("the model's tables have impossible lengths; the snapshot is damaged, fetch it again")]
+    TableLength,
+    /// The fields are not in order.
+    #[error("the model's fields are out of order; the snapshot is damaged, fetch it again")]
+    Fields,
+}
+
+#[cfg(test)]
+mod tests;

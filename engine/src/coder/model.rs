@@ -1,0 +1,593 @@
+//! The frozen model: a back-off automaton in a double array, and how it is run.
+//!
+//! A state is a kept context. Its row holds a slot for each symbol that it predicts (what the symbol
+//! costs, and the state behind it) and one slot to back off by (what the escape costs, and the next
+//! shorter kept context). Rows lie in one array, shifted into each other's gaps (Aho, Sethi, Ullman 1986,
+//! section 3.9; Aoe 1989): a slot carries its label, so a foreign slot is known for one. The state is
+//! always the longest kept context that the unit's bytes end with, whichever way it was reached, so a
+//! unit can be cut anywhere and its parts run side by side.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::context::{FIELD_ORDER, PLAIN_ORDER};
+use super::{ModelError, WEIGHTED_COSTS, weighted};
+use crate::field::{FieldTracker, START};
+
+/// Bytes that are costed at once.
+pub const BLOCK_BYTES: usize = 256;
+
+/// Fewest bytes that are worth four lanes.
+const LANES_FROM: usize = 48;
+const LANES: usize = 4;
+
+/// Where a field's contexts end.
+pub(super) const NOWHERE: u32 = NEXT;
+/// A walk down the contexts passes at most those of a field and of plain text; more are a lie.
+const MAX_WALK: u32 = FIELD_ORDER + PLAIN_ORDER + 4;
+
+const NEXT: u32 = (1 << LABEL_SHIFT) - 1;
+const LABEL_SHIFT: u32 = 23;
+/// Most slots of a model, so that every base fits beside its label.
+pub(super) const MAX_SLOTS: usize = NEXT as usize - Slot::ROW;
+
+/// A slot under construction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    packed: u32,
+    code: u8,
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        Self { packed: u32::MAX, code: 0 }
+    }
+}
+
+impl Slot {
+    /// Label of the slot to back off by.
+    pub(super) const BACK_OFF: u16 = 256;
+    /// Label of the end of a unit.
+    pub(super) const END: u16 = 257;
+    /// Slots that a row can reach.
+    pub(super) const ROW: usize = 258;
+
+    pub(super) fn new(label: u16, next: u32, code: u8) -> Self {
+        Self { packed: u32::from(label) << LABEL_SHIFT | next & NEXT, code }
+    }
+}
+
+/// A field with contexts of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FieldRoots {
+    /// The field's hash.
+    pub(super) field: u32,
+    /// Where a value begins.
+    pub(super) anchored: u32,
+    /// Where nothing of the value helps.
+    pub(super) inside: u32,
+}
+
+/// Bytes of [`FieldRoots`] in a snapshot.
+const FIELD_BYTES: usize = 12;
+/// Bytes of a slot in a snapshot.
+const SLOT_BYTES: usize = 5;
+
+/// A frozen model: what each byte costs, given those before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContextModel {
+    trained_bytes: u64,
+    /// Label and next state's base.
+    slots: Vec<u32>,
+    /// Cost code of each slot.
+    codes: Vec<u8>,
+    /// By rising hash.
+    fields: Vec<FieldRoots>,
+    /// Open addressing: a field's number + 1; 0 is free.
+    field_index: Vec<u16>,
+    /// The field of a unit's first bytes.
+    start: Option<FieldNumber>,
+}
+
+/// A field with contexts of its own, by its place among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FieldNumber(u16);
+
+impl FieldNumber {
+    /// The place.
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// Where a running unit stands between two bytes; about 160 bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    tracker: FieldTracker,
+    /// Base of the automaton's state.
+    at: u32,
+    /// The field that the next byte stands in, if it has contexts of its own.
+    field: Option<FieldNumber>,
+    /// The last bytes, newest last.
+    history: [u8; PLAIN_ORDER as usize],
+    /// How many of them there are.
+    seen: usize,
+}
+
+/// A stretch of a block that stands in one field, or in fields without contexts of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// One past its last byte in the block.
+    pub end: usize,
+    /// Its field.
+    pub field: Option<FieldNumber>,
+    /// The field ends with it.
+    pub complete: bool,
+}
+
+/// What the bytes of a block cost.
+#[derive(Clone, Debug)]
+pub struct Block {
+    costs: [u16; BLOCK_BYTES],
+    len: usize,
+    /// What begins at a byte: a field's state, [`TO_PLAIN`], or [`ON`] if the state goes on.
+    entries: [u32; BLOCK_BYTES],
+    segment_ends: [u8; BLOCK_BYTES],
+    segment_fields: [u16; BLOCK_BYTES],
+    segments: usize,
+    last_complete: bool,
+    /// Sum of 2^(c/4) over the costs c in bits, in 1/256.
+    peak_sum: u64,
+}
+
+const ON: u32 = u32::MAX;
+const TO_PLAIN: u32 = u32::MAX - 1;
+const NO_FIELD: u16 = u16::MAX;
+
+impl Default for Block {
+    fn default() -> Self {
+        Self {
+            costs: [0; BLOCK_BYTES],
+            len: 0,
+            entries: [ON; BLOCK_BYTES],
+            segment_ends: [0; BLOCK_BYTES],
+            segment_fields: [0; BLOCK_BYTES],
+            segments: 0,
+            last_complete: false,
+            peak_sum: 0,
+        }
+    }
+}
+
+impl Block {
+    /// Cost of each byte, 1/256 bit.
+    pub fn costs(&self) -> &[u16] {
+        self.costs.get(..self.len).unwrap_or_default()
+    }
+
+    /// Sum of 2^(c/4) over the bytes' costs c in bits, in 1/256.
+    pub fn peak_sum(&self) -> u64 {
+        self.peak_sum
+    }
+
+    /// The stretches of one field each, in order.
+    pub fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
+        let last = self.segments.wrapping_sub(1);
+        self.segment_ends.iter().zip(&self.segment_fields).take(self.segments).enumerate().map(
+            move |(i, (&end, &field))| Segment {
+                end: usize::from(end) + 1,
+                field: (field != NO_FIELD).then_some(FieldNumber(field)),
+                complete: i != last || self.last_complete,
+            },
+        )
+    }
+
+    fn push_segment(&mut self, end: usize, field: Option<FieldNumber>) {
+        if let (Some(ends), Some(fields)) =
+            (self.segment_ends.get_mut(self.segments), self.segment_fields.get_mut(self.segments))
+        {
+            *ends = (end - 1) as u8;
+            *fields = field.map_or(NO_FIELD, |field| field.0);
+            self.segments += 1;
+        }
+    }
+}
+
+impl State {
+    /// The field that the next byte stands in, if the model has contexts of its own for it.
+    pub fn field(&self) -> Option<FieldNumber> {
+        self.field
+    }
+}
+
+impl ContextModel {
+    pub(super) fn new(trained_bytes: u64, slots: Vec<Slot>, mut fields: Vec<FieldRoots>) -> Self {
+        fields.truncate(usize::from(NO_FIELD) - 1);
+        let (slots, codes) = slots.into_iter().map(|slot| (slot.packed, slot.code)).unzip();
+        Self::assemble(trained_bytes, slots, codes, fields)
+    }
+
+    fn assemble(trained_bytes: u64, slots: Vec<u32>, codes: Vec<u8>, fields: Vec<FieldRoots>) -> Self {
+        let field_index = index_of(&fields);
+        let mut model = Self { trained_bytes, slots, codes, fields, field_index, start: None };
+        model.start = model.field(START);
+        model
+    }
+
+    /// Memory of the tables, in bytes.
+    pub fn table_bytes(&self) -> usize {
+        self.slots.len() * SLOT_BYTES + self.fields.len() * FIELD_BYTES + self.field_index.len() * 2
+    }
+
+    /// Bytes that were trained on.
+    pub fn trained_bytes(&self) -> u64 {
+        self.trained_bytes
+    }
+
+    /// How many fields have contexts of their own.
+    pub fn fields(&self) -> usize {
+        self.fields.len()
+    }
+
+    /// Before a unit's first byte.
+    pub fn start(&self) -> State {
+        let at = self.roots(self.start).map_or(0, |roots| roots.anchored);
+        State { tracker: FieldTracker::default(), at, field: self.start, history: [0; PLAIN_ORDER as usize], seen: 0 }
+    }
+
+    #[inline(always)]
+    fn field(&self, hash: u32) -> Option<FieldNumber> {
+        let mask = self.field_index.len().wrapping_sub(1);
+        let mut at = hash as usize & mask;
+        for _ in 0..self.field_index.len() {
+            let number = self.field_index.get(at)?.checked_sub(1)?;
+            if self.fields.get(usize::from(number))?.field == hash {
+                return Some(FieldNumber(number));
+            }
+            at = (at + 1) & mask;
+        }
+        None
+    }
+
+    /// Is it text without fields, as far as the first bytes of a unit can tell?
+    pub(crate) fn is_text(&self, field: Option<FieldNumber>) -> bool {
+        field.is_none_or(|field| self.start == Some(field))
+    }
+
+    #[inline(always)]
+    fn roots(&self, field: Option<FieldNumber>) -> Option<&FieldRoots> {
+        self.fields.get(field?.index())
+    }
+
+    /// Costs of the next bytes of a unit, at most [`BLOCK_BYTES`] of `text`; returns how many those are.
+    #[inline]
+    pub fn cost_block(&self, state: &mut State, text: &[u8], block: &mut Block) -> usize {
+        let text = text.get(..BLOCK_BYTES).unwrap_or(text);
+        let len = text.len();
+        let mut lookback = [0u8; PLAIN_ORDER as usize + BLOCK_BYTES];
+        let (history, rest) = lookback.split_at_mut(PLAIN_ORDER as usize);
+        history.copy_from_slice(&state.history);
+        if let Some(copy) = rest.get_mut(..len) {
+            copy.copy_from_slice(text);
+        }
+        let run = Run { model: self, lookback: &lookback, seen: state.seen };
+
+        let run_before = state.tracker.run();
+        let behind = self.follow(state, text, block);
+        block.len = len;
+        let mut at = state.at;
+        let mut sum = 0u64;
+        let quarter = len / LANES;
+        if len >= LANES_FROM {
+            let mut ats = [at; LANES];
+            for (lane, slot) in (1..).zip(ats.iter_mut().skip(1)) {
+                *slot = run.state_at(quarter * lane, block, run_before);
+            }
+            let [mut a, mut b, mut c, mut d] = ats;
+            if block.segments <= 1 {
+                for i in 0..quarter {
+                    sum += run.step::<false>(i, &mut a, block);
+                    sum += run.step::<false>(quarter + i, &mut b, block);
+                    sum += run.step::<false>(quarter * 2 + i, &mut c, block);
+                    sum += run.step::<false>(quarter * 3 + i, &mut d, block);
+                }
+            } else {
+                for i in 0..quarter {
+                    sum += run.step::<true>(i, &mut a, block);
+                    sum += run.step::<true>(quarter + i, &mut b, block);
+                    sum += run.step::<true>(quarter * 2 + i, &mut c, block);
+                    sum += run.step::<true>(quarter * 3 + i, &mut d, block);
+                }
+            }
+            at = d;
+            for i in quarter * LANES..len {
+                sum += run.step::<true>(i, &mut at, block);
+            }
+        } else {
+            for i in 0..len {
+                sum += run.step::<true>(i, &mut at, block);
+            }
+        }
+        block.peak_sum = sum >> 32;
+        state.at = run.enter(behind, at, len);
+        if let Some(last) = lookback.get(len..len + PLAIN_ORDER as usize) {
+            state.history.copy_from_slice(last);
+        }
+        state.seen = (state.seen + len).min(PLAIN_ORDER as usize);
+        len
+    }
+
+    /// Cuts the block into its fields, and returns what begins behind it.
+    #[inline(always)]
+    fn follow(&self, state: &mut State, text: &[u8], block: &mut Block) -> u32 {
+        if let Some(entries) = block.entries.get_mut(..text.len()) {
+            entries.fill(ON);
+        }
+        (block.segments, block.last_complete) = (0, false);
+        let mut behind = ON;
+        let mut done = 0;
+        while let Some(rest) = text.get(done..)
+            && !rest.is_empty()
+        {
+            done += state.tracker.advance(rest).clamp(1, rest.len());
+            if state.tracker.run() > 0 {
+                continue;
+            }
+            let next = self.field(state.tracker.field());
+            let entry = match self.roots(next) {
+                Some(roots) => roots.anchored,
+                None if state.field.is_none() => continue,
+                None => TO_PLAIN,
+            };
+            block.push_segment(done, state.field);
+            state.field = next;
+            match block.entries.get_mut(done) {
+                Some(slot) if done < text.len() => *slot = entry,
+                _ => {
+                    block.last_complete = true;
+                    behind = entry;
+                }
+            }
+        }
+        if !text.is_empty() && !block.last_complete {
+            block.push_segment(text.len(), state.field);
+        }
+        behind
+    }
+
+    /// What it costs that the unit ends here: in a field with contexts of its own, what its end costs;
+    /// else nothing. In 1/256 bit.
+    pub fn end_cost(&self, state: &State) -> Option<u16> {
+        state.field?;
+        let mut at = state.at;
+        let mut spent = 0u32;
+        for _ in 0..MAX_WALK {
+            if let Some((entry, _)) = self.slot(at, Slot::END) {
+                return Some(weighted(spent + entry as u32) as u16);
+            }
+            let (entry, next) = self.slot(at, Slot::BACK_OFF)?;
+            spent += entry as u32;
+            if next == NOWHERE {
+                return Some(weighted(spent + 8 * super::UNITS_PER_BIT) as u16);
+            }
+            at = next;
+        }
+        None
+    }
+
+    /// The weighted cost and the next state of the slot with this label.
+    #[inline(always)]
+    fn slot(&self, at: u32, label: u16) -> Option<(u64, u32)> {
+        let at = at as usize + usize::from(label);
+        let packed = *self.slots.get(at)?;
+        if packed >> LABEL_SHIFT != u32::from(label) {
+            return None;
+        }
+        let code = *self.codes.get(at)?;
+        Some((WEIGHTED_COSTS.get(usize::from(code)).copied().unwrap_or(0), packed & NEXT))
+    }
+
+    /// The state behind `bytes` of plain text.
+    fn plain_state(&self, bytes: &[u8]) -> u32 {
+        let mut at = 0;
+        for &byte in bytes {
+            at = self.walk(at, byte).1;
+        }
+        at
+    }
+
+    /// The state behind `bytes` of a field's value, from `at`.
+    fn field_state(&self, mut at: u32, bytes: &[u8]) -> u32 {
+        for &byte in bytes {
+            at = match self.walk(at, byte) {
+                (Found::Symbol(_), next) => next,
+                (Found::Nothing(_), last) => last,
+            };
+        }
+        at
+    }
+
+    /// Walks down the contexts from `at` until one predicts `byte`.
+    #[inline(always)]
+    fn walk(&self, mut at: u32, byte: u8) -> (Found, u32) {
+        let mut spent = 0;
+        for _ in 0..MAX_WALK {
+            if let Some((entry, next)) = self.slot(at, byte.into()) {
+                return (Found::Symbol(spent + entry as u32), next);
+            }
+            let Some((entry, next)) = self.slot(at, Slot::BACK_OFF) else { break };
+            spent += entry as u32;
+            if next == NOWHERE {
+                return (Found::Nothing(spent), at);
+            }
+            at = next;
+        }
+        (Found::Nothing(u32::from(super::MAX_COST)), 0)
+    }
+
+    /// Code lengths of a whole unit, byte by byte, in 1/256 bit: `out[i]` is what `unit[i]` cost.
+    pub fn costs(&self, unit: &[u8]) -> Vec<u16> {
+        let (mut state, mut block) = (self.start(), Block::default());
+        let mut costs = Vec::with_capacity(unit.len());
+        for text in unit.chunks(BLOCK_BYTES) {
+            self.cost_block(&mut state, text, &mut block);
+            costs.extend_from_slice(block.costs());
+        }
+        costs
+    }
+
+    /// Appends the model's bytes; little-endian: u64 trained bytes, u32 number of slots, u32 each, a byte
+    /// each; u16 number of fields, three u32 each.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.trained_bytes.to_le_bytes());
+        out.extend_from_slice(&(self.slots.len() as u32).to_le_bytes());
+        for slot in &self.slots {
+            out.extend_from_slice(&slot.to_le_bytes());
+        }
+        out.extend_from_slice(&self.codes);
+        out.extend_from_slice(&(self.fields.len() as u16).to_le_bytes());
+        for roots in &self.fields {
+            for value in [roots.field, roots.anchored, roots.inside] {
+                out.extend_from_slice(&value.to_le_bytes());
+            }
+        }
+    }
+
+    /// From the parts that [`Self::encode`] wrote: `slots` 4 bytes each, `codes` one each, `fields` 12.
+    pub(crate) fn decode(
+        trained_bytes: u64,
+        slots: &[u8],
+        codes: &[u8],
+        fields: &[u8],
+    ) -> Result<Self, ModelError> {
+        let (slots, rest) = slots.as_chunks::<4>();
+        let (fields, odd) = fields.as_chunks::<FIELD_BYTES>();
+        if !rest.is_empty()
+            || !odd.is_empty()
+            || slots.len() != codes.len()
+            || !(Slot::ROW..=MAX_SLOTS + Slot::ROW).contains(&slots.len())
+        {
+            return Err(ModelError::TableLength);
+        }
+        let slots: Vec<u32> = slots.iter().map(|&slot| u32::from_le_bytes(slot)).collect();
+        let fields: Vec<FieldRoots> = fields
+            .iter()
+            .map(|&[a, b, c, d, e, f, g, h, i, j, k, l]| FieldRoots {
+                field: u32::from_le_bytes([a, b, c, d]),
+                anchored: u32::from_le_bytes([e, f, g, h]),
+                inside: u32::from_le_bytes([i, j, k, l]),
+            })
+            .collect();
+        if !fields.is_sorted_by(|a, b| a.field < b.field) || fields.len() >= usize::from(NO_FIELD) {
+            return Err(ModelError::Fields);
+        }
+        Ok(Self::assemble(trained_bytes, slots, codes.to_vec(), fields))
+    }
+}
+
+enum Found {
+    /// What the symbol and the escapes before it cost.
+    Symbol(u32),
+    /// What the escapes cost; no context had the symbol.
+    Nothing(u32),
+}
+
+fn index_of(fields: &[FieldRoots]) -> Vec<u16> {
+    let mut index = vec![0; (fields.len() * 3).next_power_of_two().max(2)];
+    let mask = index.len() - 1;
+    for (roots, number) in fields.iter().zip(1..) {
+        let mut at = roots.field as usize & mask;
+        while index.get(at).is_some_and(|&taken| taken != 0) {
+            at = (at + 1) & mask;
+        }
+        if let Some(free) = index.get_mut(at) {
+            *free = number;
+        }
+    }
+    index
+}
+
+/// One block's bytes behind those that came before it.
+struct Run<'a> {
+    model: &'a ContextModel,
+    lookback: &'a [u8; PLAIN_ORDER as usize + BLOCK_BYTES],
+    /// How many of the first bytes are the unit's.
+    seen: usize,
+}
+
+impl Run<'_> {
+    /// The last bytes before byte `i` of the block, as many as a plain context can have.
+    #[inline(always)]
+    fn before(&self, i: usize, most: usize) -> &[u8] {
+        let end = i + PLAIN_ORDER as usize;
+        let len = most.min(self.seen + i);
+        self.lookback.get(end.saturating_sub(len)..end).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn enter(&self, entry: u32, at: u32, i: usize) -> u32 {
+        match entry {
+            ON => at,
+            TO_PLAIN => self.plain_at(i),
+            root => root,
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn plain_at(&self, i: usize) -> u32 {
+        self.model.plain_state(self.before(i, PLAIN_ORDER as usize))
+    }
+
+    /// Costs byte `i`, and returns its cost and weight.
+    #[inline(always)]
+    fn step<const FIELDS: bool>(&self, i: usize, at: &mut u32, block: &mut Block) -> u64 {
+        if FIELDS
+            && let Some(&entry) = block.entries.get(i)
+            && entry != ON
+        {
+            *at = self.enter(entry, *at, i);
+        }
+        let byte = self.lookback.get(i + PLAIN_ORDER as usize).copied().unwrap_or(0);
+        let (entry, next) = match self.model.slot(*at, byte.into()) {
+            Some(found) => found,
+            None => self.miss(i, *at, byte),
+        };
+        *at = next;
+        if let Some(cost) = block.costs.get_mut(i) {
+            *cost = entry as u16;
+        }
+        entry
+    }
+
+    /// As the end of [`Self::step`], for a byte that the longest context does not predict.
+    #[inline(never)]
+    fn miss(&self, i: usize, at: u32, byte: u8) -> (u64, u32) {
+        match self.model.walk(at, byte) {
+            (Found::Symbol(cost), next) => (weighted(cost), next),
+            (Found::Nothing(escapes), last) => {
+                let plain = match self.model.walk(self.plain_at(i), byte).0 {
+                    Found::Symbol(cost) | Found::Nothing(cost) => cost,
+                };
+                (weighted(escapes + plain), last)
+            }
+        }
+    }
+
+    /// The state before byte `i` of the block, unless a field begins there.
+    fn state_at(&self, i: usize, block: &Block, run_before: u32) -> u32 {
+        let mut start = 0;
+        for (segment, number) in block.segments().zip(0u32..) {
+            if i < segment.end {
+                let Some(roots) = self.model.roots(segment.field) else { break };
+                let run = i - start + if number == 0 { run_before as usize } else { 0 };
+                let longest = FIELD_ORDER as usize;
+                let from = if run <= longest { roots.anchored } else { roots.inside };
+                return self.model.field_state(from, self.before(i, run.min(longest)));
+            }
+            start = segment.end;
+        }
+        self.plain_at(i)
+    }
+}
+
