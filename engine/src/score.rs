@@ -429,16 +429,12 @@ impl Accounts {
             self.scores.cost += u64::from(cost);
             self.field_cost += u64::from(cost);
             self.field_bytes += costs.len() as u64;
-            if model.coder.is_text(segment.field) {
-                self.words.push(&model.vocabulary, text.get(start..segment.end).unwrap_or_default());
-            } else {
-                self.words.break_off(&model.vocabulary);
-            }
             if segment.complete {
                 self.end_field(model, segment.field);
             }
             start = segment.end;
         }
+        self.words.push(&model.vocabulary, text);
         let highest = block.costs().iter().copied().max().unwrap_or(0);
         if self.height > 0 || u32::from(highest) > self.reference {
             self.find_spans(block.costs(), gathered);
