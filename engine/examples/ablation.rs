@@ -142,12 +142,7 @@ fn baseline(texts: &[Vec<u8>], normalised: ClassSet) -> StreamBaseline {
 /// What a message costs in the mean.
 fn bits(baseline: &StreamBaseline, texts: &[Vec<u8>]) -> f64 {
     let Some(unit) = baseline.unit("body") else { return 0.0 };
-    let cost: u64 = texts
-        .iter()
-        .map(|text| {
-            unit.score(text).cost
-        })
-        .sum();
+    let cost: u64 = texts.iter().map(|text| unit.score(text).cost).sum();
     cost as f64 / 256.0 / texts.len() as f64
 }
 

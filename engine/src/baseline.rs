@@ -196,7 +196,8 @@ impl Models {
         let (mut sum_of_means, mut kinds) = (0u64, 0u64);
         for (name, mut model) in self.units {
             let texts = texts_of(&name);
-            let normalised: Vec<Vec<u8>> = texts.iter().map(|text| normalise(text, model.normalised)).collect();
+            let normalised: Vec<Vec<u8>> =
+                texts.iter().map(|text| normalise(text, model.normalised)).collect();
             model.expect(normalised.iter().map(Vec::as_slice));
             let scores = texts.iter().map(|text| score(&model, text)).collect();
             if !texts.is_empty() {

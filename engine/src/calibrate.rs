@@ -202,7 +202,10 @@ impl Tail {
         let last = self.quantiles.len().saturating_sub(1).max(1) as u128;
         let span = u128::from(units.saturating_sub(1)) * 256;
         let rank = |i: usize| i as u128 * span / last;
-        let less = match (above.checked_sub(1).and_then(|below| self.quantiles.get(below)), self.quantiles.get(above)) {
+        let less = match (
+            above.checked_sub(1).and_then(|below| self.quantiles.get(below)),
+            self.quantiles.get(above),
+        ) {
             (Some(&low), Some(&high)) if high > low => {
                 let part = (i128::from(value) - i128::from(low)) as u128;
                 let width = (i128::from(high) - i128::from(low)) as u128;

@@ -102,7 +102,7 @@ pub struct Scores {
     pub mean_bits: f64,
     /// Bits per scored byte expected.
     pub expected_mean_bits: f64,
-    /// Words in text without fields.
+    /// Words.
     pub words: u32,
     /// Of these, how many the baseline does not know.
     pub new_words: u32,

@@ -24,7 +24,7 @@
 pub const FREE_TEXT: u32 = 0;
 
 /// Field of a unit's first bytes, until they show what it is: a method, a first key, or text's first word.
-pub const START: u32 = 1;
+pub(crate) const START: u32 = 1;
 /// Field of what follows a path on the request line, or of a status line.
 const LINE_REST: u32 = 2;
 /// Field of the first byte of an HTTP body.
@@ -88,7 +88,10 @@ const STOPS: [u16; 256] = {
             Place::LineRest | Place::HeaderValue => matches!(byte, b'\n'),
             Place::HeaderName => matches!(byte, b':' | b'\n'),
             Place::JsonBetween => {
-                matches!(byte, b'"' | b'{' | b'}' | b'[' | b']' | b':' | b',' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n')
+                matches!(
+                    byte,
+                    b'"' | b'{' | b'}' | b'[' | b']' | b':' | b',' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'
+                )
             }
             Place::JsonKey | Place::JsonString => matches!(byte, b'"' | b'\\'),
             Place::JsonScalar => matches!(byte, b',' | b'}' | b']' | b' ' | b'\n' | b'\r' | b'\t'),
@@ -292,8 +295,7 @@ impl FieldTracker {
             }
             Place::QueryKey | Place::FormKey => {
                 self.previous = self.name;
-                let value =
-                    if self.place == Place::QueryKey { Place::QueryValue } else { Place::FormValue };
+                let value = if self.place == Place::QueryKey { Place::QueryValue } else { Place::FormValue };
                 match byte {
                     b'=' => self.enter_named(value, Kind::Value, join(self.path, self.name)),
                     b'&' => self.enter_key(self.place),
@@ -488,7 +490,10 @@ mod tests {
             cut("POST /shop/item?id=7&q=a%20b HTTP/1.1\r\nHost: a\r\nX-Y: z\r\n\r\nname=joe&town="),
             "POST |/|shop/|item?|id=|7&|q=|a%20b |HTTP/1.1\r\n|Host:| a\r\n|X-Y:| z\r\n|\r\n|n|ame=|joe&|town="
         );
-        assert_eq!(cut("HTTP/1.1 200 OK\r\nServer: x\r\n\r\n{\"a\":1}"), "HTTP/|1.1 200 OK\r\n|Server:| x\r\n|\r\n|{|\"|a\"|:1|}");
+        assert_eq!(
+            cut("HTTP/1.1 200 OK\r\nServer: x\r\n\r\n{\"a\":1}"),
+            "HTTP/|1.1 200 OK\r\n|Server:| x\r\n|\r\n|{|\"|a\"|:1|}"
+        );
         assert_eq!(cut("a=1&b=2"), "a=|1&|b=|2");
         assert_eq!(cut("where is my order, please"), "where |is my order, please");
         assert_eq!(cut("THE cat sat"), "THE |c|at sat");

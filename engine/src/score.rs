@@ -8,7 +8,7 @@
 //!   though they vanish in the total;
 //! - **fields** = log2 (1 + sum max(0, z_f)^2) over the fields of the unit, z_f = (S_f - mu_f L_f) /
 //!   sqrt(v_f L_f + 8) with the field's own calibrated mean and variance: odd values;
-//! - **new words** and **new pairs** of familiar words (see [`crate::words`]), in text without fields.
+//! - **new words** and **new pairs** of familiar words (see [`crate::words`]).
 //!
 //! And, as evidence, the **largest excess spans**: the highest values of a CUSUM (Page 1954) over
 //! `cost - mu - margin`; each is the stretch from where it left zero to its highest point. And the
@@ -22,7 +22,7 @@
 //! all of it is sums and one recurrence.
 
 use crate::coder::{
-    Block, BLOCK_BYTES, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, log2_fixed, peak_weight,
+    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, log2_fixed, peak_weight,
 };
 use crate::normalise::{ClassSet, Normaliser, Piece};
 use crate::words::{Vocabulary, WordTally, WordTracker};
@@ -98,7 +98,7 @@ impl CostSums {
         const MIN_VARIANCE: u64 = 65_536 / 20;
         let mean_of_all = u64::from(all.mean);
         // The second moment of all bytes, 1/65536 square bit.
-        let square_of_all = u64::from(all.variance) + (mean_of_all * mean_of_all >> 16);
+        let square_of_all = u64::from(all.variance) + ((mean_of_all * mean_of_all) >> 16);
         let n = self.bytes + PRIOR_BYTES;
         let mean = (u128::from(self.cost) * 256 + u128::from(PRIOR_BYTES * mean_of_all)) / u128::from(n);
         let square = (u128::from(self.squares) + u128::from(PRIOR_BYTES * square_of_all)) / u128::from(n);
@@ -112,7 +112,7 @@ impl CostSums {
         let n = u128::from(self.bytes.max(1));
         let mean = (u128::from(self.cost) * 256 / n) as u64;
         let square = (u128::from(self.squares) / n) as u64;
-        let variance = square.saturating_sub(mean * mean >> 16);
+        let variance = square.saturating_sub((mean * mean) >> 16);
         Moments { mean: mean as u32, variance: u32::try_from(variance).unwrap_or(u32::MAX) }
     }
 }
@@ -197,7 +197,7 @@ pub struct UnitScores {
     pub peak_sum: u64,
     /// Sum over fields of max(0, z)^2, in 1/256.
     pub field_sum: u64,
-    /// Words in text without fields.
+    /// Its words.
     pub words: WordTally,
     /// Spans by falling excess; unused ones have no excess.
     pub spans: [ExcessSpan; MAX_SPANS],
@@ -306,10 +306,11 @@ impl Gathered {
         }
         let skipped = if token { 0 } else { from as u64 };
         let (offset, body_start) = (piece.offset + skipped, piece.body_start + skipped);
-        let goes_on = self.used.checked_sub(1).and_then(|last| self.stretches.get(last)).is_some_and(|last| {
-            let len = self.len as u64 - u64::from(last.at);
-            !token && !last.token && last.offset + len == offset && last.body_start + len == body_start
-        });
+        let goes_on =
+            self.used.checked_sub(1).and_then(|last| self.stretches.get(last)).is_some_and(|last| {
+                let len = self.len as u64 - u64::from(last.at);
+                !token && !last.token && last.offset + len == offset && last.body_start + len == body_start
+            });
         if !goes_on && let Some(slot) = self.stretches.get_mut(self.used) {
             *slot = Stretch {
                 at: self.len as u16,
@@ -448,7 +449,8 @@ impl Accounts {
         // 1/256 bit; its square is in 1/65536 as the variance is.
         let excess = self.field_cost.saturating_sub(expected);
         if excess > 0 {
-            let variance = u64::from(moments.variance).saturating_mul(self.field_bytes).saturating_add(8 << 16);
+            let variance =
+                u64::from(moments.variance).saturating_mul(self.field_bytes).saturating_add(8 << 16);
             let squared = u128::from(excess) * u128::from(excess) * 256 / u128::from(variance);
             self.scores.field_sum = self.scores.field_sum.saturating_add(squared.min(1 << 48) as u64);
         }
@@ -467,7 +469,7 @@ impl Accounts {
             self.field_bytes += 1;
         }
         self.end_field(model, self.state.field());
-        self.words.break_off(&model.vocabulary);
+        self.words.end(&model.vocabulary);
         self.scores.words = self.words.tally();
         self.keep_current();
     }
@@ -481,8 +483,11 @@ impl Accounts {
                 }
                 self.keep_current();
                 let source = gathered.source(i);
-                self.current =
-                    ExcessSpan { start: source.start, body_start: source.body_start, ..ExcessSpan::default() };
+                self.current = ExcessSpan {
+                    start: source.start,
+                    body_start: source.body_start,
+                    ..ExcessSpan::default()
+                };
                 self.running_cost = 0;
             }
             let cost = u64::from(cost);
@@ -521,7 +526,7 @@ mod tests {
         let (mut counts, mut words) = (Counts::new(1 << 16), WordSet::new(1 << 12));
         let unit = |i: u32| {
             let text = std::format!("order {} of customer {} is on its way", i * 37 % 100, i);
-            if i % 3 == 0 { std::format!("GET /orders?id={i}&note={text}") } else { text }
+            if i.is_multiple_of(3) { std::format!("GET /orders?id={i}&note={text}") } else { text }
         };
         for i in 0..120 {
             counts.train(unit(i).as_bytes());
@@ -671,7 +676,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_counted_in_text_without_fields() {
+    fn words_are_counted() {
         let model = model(ClassSet::NONE);
         let words = score(&model, b"customer order of zebras", &[], 0).words;
         assert_eq!((words.words, words.new_words), (4, 1));

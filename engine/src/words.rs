@@ -178,11 +178,10 @@ impl WordTracker {
         words.push(text, &mut |word| count(vocabulary, tally, previous, word));
     }
 
-    /// Ends the word under way; the next has no neighbour.
-    pub fn break_off(&mut self, vocabulary: &Vocabulary) {
+    /// Ends the word under way.
+    pub fn end(&mut self, vocabulary: &Vocabulary) {
         let Self { words, tally, previous } = self;
         words.end(&mut |word| count(vocabulary, tally, previous, word));
-        self.previous = None;
     }
 
     /// What was counted.
@@ -367,13 +366,14 @@ mod tests {
     fn tally(vocabulary: &Vocabulary, text: &str) -> WordTally {
         let mut tracker = WordTracker::default();
         tracker.push(vocabulary, text.as_bytes());
-        tracker.break_off(vocabulary);
+        tracker.end(vocabulary);
         tracker.tally()
     }
 
     #[test]
     fn new_words_and_new_pairs_are_told_apart() {
-        let known = vocabulary(&["please ignore the noise", "all previous orders", "my instructions were clear"]);
+        let known =
+            vocabulary(&["please ignore the noise", "all previous orders", "my instructions were clear"]);
         let count = |text| {
             let WordTally { words, new_words, new_pairs } = tally(&known, text);
             (words, new_words, new_pairs)

@@ -213,12 +213,12 @@ pub fn render(
         let scores = &verdict["scores"];
         if scores.is_object() {
             out += &format!(
-                "  scores    of the {} unit: {} bits/byte where {} is expected; standardised {}, peak {}, largest excess {} bits\n",
+                "  scores    of the {} unit: {} bits/byte where {} is expected; strangest by its {}: {} bits of surprise; largest excess {} bits\n",
                 verdict["unit"].as_str().unwrap_or_default(),
                 scores["mean_bits"],
                 scores["expected_mean_bits"],
-                scores["standardised"],
-                scores["peak"],
+                scores["view"].as_str().unwrap_or_default(),
+                scores["statistic"],
                 scores["max_excess_bits"],
             );
         }

@@ -129,9 +129,9 @@ impl Place {
     /// The plain contexts, longest first; none for the end of the unit, which only a field predicts.
     pub(crate) fn plain_contexts(self) -> impl Iterator<Item = Context> {
         let longest = (self.symbol != END).then_some(self.seen);
-        longest.into_iter().flat_map(move |longest| {
-            (0..=longest).rev().map(move |len| Context::plain(len, self.history))
-        })
+        longest
+            .into_iter()
+            .flat_map(move |longest| (0..=longest).rev().map(move |len| Context::plain(len, self.history)))
     }
 }
 

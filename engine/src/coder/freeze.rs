@@ -104,7 +104,8 @@ impl Table {
     fn cost(&self, contexts: impl Iterator<Item = Context>, symbol: u16) -> (u64, bool) {
         let mut cost = 0;
         for node in contexts.filter_map(|context| self.node(context)).filter(|node| node.total > 0) {
-            let count = self.pair(node, symbol).and_then(|at| self.pairs.get(at)).map_or(0, |pair| pair.count);
+            let count =
+                self.pair(node, symbol).and_then(|at| self.pairs.get(at)).map_or(0, |pair| pair.count);
             if count > 0 {
                 return (cost + direct_cost(count, node.total), true);
             }
@@ -235,9 +236,12 @@ pub(super) fn freeze<'a>(
     max_table_bytes: usize,
 ) -> (ContextModel, Vec<KeptContext>) {
     let paying = Table::new(counted.iter().copied()).fields_that_pay(sample);
-    let table = Table::new(counted.iter().copied().filter(|(context, _, _)| {
-        context.field().is_none_or(|field| paying.contains(&field))
-    }));
+    let table = Table::new(
+        counted
+            .iter()
+            .copied()
+            .filter(|(context, _, _)| context.field().is_none_or(|field| paying.contains(&field))),
+    );
     let savings = table.savings();
     let mut least_bits = LEAST_SAVING_BITS;
     loop {

@@ -232,7 +232,13 @@ impl ContextModel {
     /// Before a unit's first byte.
     pub fn start(&self) -> State {
         let at = self.roots(self.start).map_or(0, |roots| roots.anchored);
-        State { tracker: FieldTracker::default(), at, field: self.start, history: [0; PLAIN_ORDER as usize], seen: 0 }
+        State {
+            tracker: FieldTracker::default(),
+            at,
+            field: self.start,
+            history: [0; PLAIN_ORDER as usize],
+            seen: 0,
+        }
     }
 
     #[inline(always)]
@@ -247,11 +253,6 @@ impl ContextModel {
             at = (at + 1) & mask;
         }
         None
-    }
-
-    /// Is it text without fields, as far as the first bytes of a unit can tell?
-    pub(crate) fn is_text(&self, field: Option<FieldNumber>) -> bool {
-        field.is_none_or(|field| self.start == Some(field))
     }
 
     #[inline(always)]
@@ -590,4 +591,3 @@ impl Run<'_> {
         self.plain_at(i)
     }
 }
-

@@ -61,7 +61,11 @@ impl Oracle {
                 if let Some(cost) = symbols.get(&place.symbol) {
                     spent += cost;
                     let cost = spent.min(u32::from(MAX_COST)) as u16;
-                    if place.symbol == END { end = Some(cost) } else { costs.push(cost) }
+                    if place.symbol == END {
+                        end = Some(cost)
+                    } else {
+                        costs.push(cost)
+                    }
                     return;
                 }
                 spent += escape;
@@ -206,7 +210,8 @@ fn an_odd_value_in_a_familiar_field_costs_bits() {
     let units: Vec<Vec<u8>> = (0..200).map(row).collect();
     let model = model(&units);
     let total = |text: &[u8]| model.costs(text).iter().map(|&c| u32::from(c)).sum::<u32>() / 256;
-    let (ordinary, swapped) = (total(b"GET /shop?town=Berlin&zip=10999"), total(b"GET /shop?town=10999&zip=Berlin"));
+    let (ordinary, swapped) =
+        (total(b"GET /shop?town=Berlin&zip=10999"), total(b"GET /shop?town=10999&zip=Berlin"));
     assert!(ordinary * 3 < swapped, "{ordinary} {swapped}");
     assert!(model.fields() > 0);
 }

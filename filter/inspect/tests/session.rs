@@ -510,7 +510,7 @@ fn verdict_line(host: &Scripted, direction: &str) -> String {
 fn an_upstream_that_answers_early_leaves_the_request_judged_at_its_end() {
     let (mut plugin, mut host) = (configured(json!({})), Scripted::chat());
     let mut exchange = Exchange::default();
-    let body = question(2);
+    let body = question(9);
     let (first, rest) = body.as_bytes().split_at(20);
     exchange.request_headers(&mut plugin, &mut host, false);
     exchange.request_body(&mut plugin, &mut host, Ok(first), false);
