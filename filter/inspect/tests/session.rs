@@ -515,7 +515,7 @@ fn an_upstream_that_answers_early_leaves_the_request_judged_at_its_end() {
     exchange.request_headers(&mut plugin, &mut host, false);
     exchange.request_body(&mut plugin, &mut host, Ok(first), false);
     exchange.response_headers(&mut plugin, &mut host, false);
-    exchange.response_body(&mut plugin, &mut host, Ok(answer(2).as_bytes()), true);
+    exchange.response_body(&mut plugin, &mut host, Ok(answer(9).as_bytes()), true);
     exchange.request_body(&mut plugin, &mut host, Ok(rest), true);
     exchange.done(&mut plugin, &mut host);
     // No verdict to tell yet; an upstream's own header of this name is overwritten all the same.
