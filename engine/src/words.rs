@@ -57,7 +57,7 @@ impl WordSet {
         let mut previous = 0;
         let mut add = |word: Word| match word {
             Word::Any(hash) => self.add(hash),
-            Word::Letters(hash) => {
+            Word::Both(hash) | Word::Letters(hash) => {
                 self.add(hash);
                 self.add(pair(previous, hash));
                 previous = hash;
@@ -192,20 +192,20 @@ impl WordTracker {
 
 #[inline(always)]
 fn count(vocabulary: &Vocabulary, tally: &mut WordTally, previous: &mut Option<u64>, word: Word) {
-    match word {
-        Word::Any(hash) => {
-            tally.words = tally.words.saturating_add(1);
-            tally.new_words = tally.new_words.saturating_add(u32::from(!vocabulary.holds(hash)));
+    let (Word::Both(hash) | Word::Any(hash) | Word::Letters(hash)) = word;
+    let known = vocabulary.holds(hash);
+    if !matches!(word, Word::Letters(_)) {
+        tally.words = tally.words.saturating_add(1);
+        tally.new_words = tally.new_words.saturating_add(u32::from(!known));
+    }
+    if !matches!(word, Word::Any(_)) {
+        if let Some(previous) = *previous
+            && known
+            && !vocabulary.holds(pair(previous, hash))
+        {
+            tally.new_pairs = tally.new_pairs.saturating_add(1);
         }
-        Word::Letters(hash) => {
-            let known = vocabulary.holds(hash).then_some(hash);
-            if let (Some(previous), Some(hash)) = (*previous, known)
-                && !vocabulary.holds(pair(previous, hash))
-            {
-                tally.new_pairs = tally.new_pairs.saturating_add(1);
-            }
-            *previous = known;
-        }
+        *previous = known.then_some(hash);
     }
 }
 
@@ -216,6 +216,8 @@ fn pair(first: u64, second: u64) -> u64 {
 /// A word's hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Word {
+    /// Of letters alone: both.
+    Both(u64),
     /// Of letters and digits.
     Any(u64),
     /// Of letters and apostrophes.
@@ -244,6 +246,11 @@ const CLASSES: [u8; 256] = {
     classes
 };
 
+#[inline(always)]
+fn class_of(byte: u8) -> u8 {
+    CLASSES.get(usize::from(byte)).copied().unwrap_or(0)
+}
+
 /// A hash of bytes that come one by one: eight are packed, then mixed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Hasher {
@@ -262,6 +269,20 @@ impl Hasher {
             self.mixed = mix(self.mixed ^ self.packed);
             self.packed = 0;
         }
+    }
+
+    /// Bytes of a run that begins with them.
+    #[inline(always)]
+    fn push_all(&mut self, bytes: &[u8]) {
+        const FOLD: u64 = 0x2020_2020_2020_2020;
+        let (chunks, rest) = bytes.as_chunks::<8>();
+        for chunk in chunks {
+            self.mixed = mix(self.mixed ^ (u64::from_be_bytes(*chunk) | FOLD));
+        }
+        for &byte in rest {
+            self.packed = self.packed << 8 | u64::from(byte | 0x20);
+        }
+        self.len += bytes.len() as u32;
     }
 
     /// The hash, if there was a byte; starts anew.
@@ -285,26 +306,41 @@ struct Words {
 impl Words {
     #[inline(always)]
     fn push(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) {
-        // The common case in registers: a run of letters alone.
-        let mut any = self.any;
-        for &byte in text {
-            let class = CLASSES.get(usize::from(byte)).copied().unwrap_or(0);
-            if class == LETTER && !self.mixed && !self.escaped {
-                any.push(byte);
-                continue;
-            }
-            if class == 0 && !self.mixed && !self.escaped {
-                if let Some(hash) = any.take() {
-                    emit(Word::Any(hash));
-                    emit(Word::Letters(hash));
+        let mut rest = text;
+        while let Some((&byte, behind)) = rest.split_first() {
+            let class = class_of(byte);
+            if self.mixed || self.escaped || self.any.len > 0 {
+                match class {
+                    LETTER if !self.mixed && !self.escaped => self.any.push(byte),
+                    _ => self.unusual(byte, class, emit),
                 }
+                rest = behind;
                 continue;
             }
-            self.any = any;
-            self.unusual(byte, class, emit);
-            any = self.any;
+            match class {
+                // The common cases: separators, and a run of letters alone.
+                0 => {
+                    let len = behind.iter().position(|&byte| class_of(byte) != 0).unwrap_or(behind.len());
+                    rest = behind.get(len..).unwrap_or_default();
+                }
+                LETTER => {
+                    let len = rest.iter().position(|&byte| class_of(byte) != LETTER).unwrap_or(rest.len());
+                    let (run, behind) = rest.split_at(len);
+                    self.any.push_all(run);
+                    rest = behind;
+                    if let Some((&byte, behind)) = rest.split_first()
+                        && class_of(byte) == 0
+                    {
+                        rest = behind;
+                        self.any.take().into_iter().for_each(|hash| emit(Word::Both(hash)));
+                    }
+                }
+                _ => {
+                    self.unusual(byte, class, emit);
+                    rest = behind;
+                }
+            }
         }
-        self.any = any;
     }
 
     #[inline(never)]
@@ -313,7 +349,7 @@ impl Words {
             self.escaped = false;
             return;
         }
-        if !self.mixed {
+        if !self.mixed && matches!(class, DIGIT | APOSTROPHE) {
             self.letters = self.any;
         }
         match class {
@@ -332,7 +368,6 @@ impl Words {
                 self.mixed = true;
             }
             _ => {
-                self.mixed = true;
                 self.end(emit);
                 self.escaped = class == ESCAPE;
             }
@@ -342,7 +377,7 @@ impl Words {
     /// Ends the run under way.
     fn end(&mut self, emit: &mut impl FnMut(Word)) {
         if !self.mixed {
-            self.letters = self.any;
+            self.any.take().into_iter().for_each(|hash| emit(Word::Both(hash)));
         }
         self.any.take().into_iter().for_each(|hash| emit(Word::Any(hash)));
         self.letters.take().into_iter().for_each(|hash| emit(Word::Letters(hash)));
@@ -407,6 +442,7 @@ mod tests {
             let run = |cuts: &[usize]| {
                 let (mut words, mut any, mut letters) = (Words::default(), Vec::new(), Vec::new());
                 let mut emit = |word| match word {
+                    Word::Both(hash) => { any.push(hash); letters.push(hash) }
                     Word::Any(hash) => any.push(hash),
                     Word::Letters(hash) => letters.push(hash),
                 };

@@ -119,31 +119,17 @@ const PEAK_STEPS: usize = (MAX_COST as usize >> PEAK_SHIFT) + 1;
 /// From 1/256 bit to 1/8 bit.
 const PEAK_SHIFT: u32 = 5;
 
-/// By code: the cost in the low half and its peak weight in the high half, so that a block's sums of both
-/// take one addition a byte.
-#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
-const WEIGHTED_COSTS: [u64; CODES] = {
-    let mut costs = [0; CODES];
-    let mut code = 0;
-    while code < CODES {
-        let cost = cost_of(code as u32);
-        costs[code] = cost as u64 | (PEAK_WEIGHTS[(cost >> PEAK_SHIFT) as usize] as u64) << 32;
-        code += 1;
-    }
-    costs
-};
-
-/// A cost, at most [`MAX_COST`], with its peak weight.
-#[inline(always)]
-fn weighted(cost: u32) -> u64 {
-    let cost = cost.min(MAX_COST.into());
-    let weight = PEAK_WEIGHTS.get((cost >> PEAK_SHIFT) as usize).copied().unwrap_or(u32::MAX);
-    u64::from(cost) | u64::from(weight) << 32
+/// The peak weight of a cost, 2^(c/4) in 1/256; at most 2^16.
+pub(crate) fn peak_weight(cost: u16) -> u64 {
+    let cost = cost.min(MAX_COST);
+    PEAK_WEIGHTS.get(usize::from(cost >> PEAK_SHIFT)).copied().unwrap_or(0).into()
 }
 
-/// The peak weight of a cost, 2^(c/4) in 1/256.
-pub(crate) fn peak_weight(cost: u16) -> u64 {
-    weighted(cost.into()) >> 32
+/// A cost, at most [`MAX_COST`] (14 bits), and above it its peak weight.
+#[inline(always)]
+fn weighted(cost: u32) -> u64 {
+    let cost = cost.min(MAX_COST.into()) as u16;
+    u64::from(cost) | peak_weight(cost) << 14
 }
 
 /// Why the bytes of a model were refused.

@@ -11,7 +11,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::context::{FIELD_ORDER, PLAIN_ORDER};
-use super::{ModelError, WEIGHTED_COSTS, weighted};
+use super::{ModelError, cost_of, weighted};
 use crate::field::{FieldTracker, START};
 
 /// Bytes that are costed at once.
@@ -28,6 +28,11 @@ const MAX_WALK: u32 = FIELD_ORDER + PLAIN_ORDER + 4;
 
 const NEXT: u32 = (1 << LABEL_SHIFT) - 1;
 const LABEL_SHIFT: u32 = 23;
+/// In a slot in memory: above the cost's peak weight (17 bits) and the cost (14 bits) stand the next
+/// state's base (23 bits) and the label (9 bits). One load tells all of a byte.
+const NEXT_SHIFT: u32 = 32;
+const WEIGHT_SHIFT: u32 = 14;
+const COST_MASK: u64 = (1 << WEIGHT_SHIFT) - 1;
 /// Most slots of a model, so that every base fits beside its label.
 pub(super) const MAX_SLOTS: usize = NEXT as usize - Slot::ROW;
 
@@ -77,9 +82,9 @@ const SLOT_BYTES: usize = 5;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContextModel {
     trained_bytes: u64,
-    /// Label and next state's base.
-    slots: Vec<u32>,
-    /// Cost code of each slot.
+    /// Label, next state's base, peak weight and cost.
+    slots: Vec<u64>,
+    /// Cost code of each slot, to write it again.
     codes: Vec<u8>,
     /// By rising hash.
     fields: Vec<FieldRoots>,
@@ -128,6 +133,7 @@ pub struct Segment {
 /// What the bytes of a block cost.
 #[derive(Clone, Debug)]
 pub struct Block {
+    text: [u8; BLOCK_BYTES],
     costs: [u16; BLOCK_BYTES],
     len: usize,
     /// What begins at a byte: a field's state, [`TO_PLAIN`], or [`ON`] if the state goes on.
@@ -147,6 +153,7 @@ const NO_FIELD: u16 = u16::MAX;
 impl Default for Block {
     fn default() -> Self {
         Self {
+            text: [0; BLOCK_BYTES],
             costs: [0; BLOCK_BYTES],
             len: 0,
             entries: [ON; BLOCK_BYTES],
@@ -203,18 +210,26 @@ impl State {
 impl ContextModel {
     pub(super) fn new(trained_bytes: u64, slots: Vec<Slot>, mut fields: Vec<FieldRoots>) -> Self {
         fields.truncate(usize::from(NO_FIELD) - 1);
-        let (slots, codes) = slots.into_iter().map(|slot| (slot.packed, slot.code)).unzip();
-        Self::assemble(trained_bytes, slots, codes, fields)
+        let codes = slots.iter().map(|slot| slot.code).collect();
+        Self::assemble(trained_bytes, slots.into_iter().map(|slot| slot.packed), codes, fields)
     }
 
-    fn assemble(trained_bytes: u64, slots: Vec<u32>, codes: Vec<u8>, fields: Vec<FieldRoots>) -> Self {
+    fn assemble(
+        trained_bytes: u64,
+        packed: impl Iterator<Item = u32>,
+        codes: Vec<u8>,
+        fields: Vec<FieldRoots>,
+    ) -> Self {
+        let unpack =
+            |(packed, &code): (u32, &u8)| u64::from(packed) << NEXT_SHIFT | weighted(cost_of(code.into()));
+        let slots = packed.zip(&codes).map(unpack).collect();
         let field_index = index_of(&fields);
         let mut model = Self { trained_bytes, slots, codes, fields, field_index, start: None };
         model.start = model.field(START);
         model
     }
 
-    /// Memory of the tables, in bytes.
+    /// Bytes of the tables in a snapshot; in memory about 1.8 times as much.
     pub fn table_bytes(&self) -> usize {
         self.slots.len() * SLOT_BYTES + self.fields.len() * FIELD_BYTES + self.field_index.len() * 2
     }
@@ -268,8 +283,9 @@ impl ContextModel {
         let mut lookback = [0u8; PLAIN_ORDER as usize + BLOCK_BYTES];
         let (history, rest) = lookback.split_at_mut(PLAIN_ORDER as usize);
         history.copy_from_slice(&state.history);
-        if let Some(copy) = rest.get_mut(..len) {
+        if let (Some(copy), Some(other)) = (rest.get_mut(..len), block.text.get_mut(..len)) {
             copy.copy_from_slice(text);
+            other.copy_from_slice(text);
         }
         let run = Run { model: self, lookback: &lookback, seen: state.seen };
 
@@ -309,7 +325,7 @@ impl ContextModel {
                 sum += run.step::<true>(i, &mut at, block);
             }
         }
-        block.peak_sum = sum >> 32;
+        block.peak_sum = sum;
         state.at = run.enter(behind, at, len);
         if let Some(last) = lookback.get(len..len + PLAIN_ORDER as usize) {
             state.history.copy_from_slice(last);
@@ -363,29 +379,24 @@ impl ContextModel {
         let mut at = state.at;
         let mut spent = 0u32;
         for _ in 0..MAX_WALK {
-            if let Some((entry, _)) = self.slot(at, Slot::END) {
-                return Some(weighted(spent + entry as u32) as u16);
+            if let Some(end) = self.slot(at, Slot::END) {
+                return Some(Entry(weighted(spent + end.cost())).cost() as u16);
             }
-            let (entry, next) = self.slot(at, Slot::BACK_OFF)?;
-            spent += entry as u32;
-            if next == NOWHERE {
-                return Some(weighted(spent + 8 * super::UNITS_PER_BIT) as u16);
+            let back_off = self.slot(at, Slot::BACK_OFF)?;
+            spent += back_off.cost();
+            if back_off.next() == NOWHERE {
+                return Some(Entry(weighted(spent + 8 * super::UNITS_PER_BIT)).cost() as u16);
             }
-            at = next;
+            at = back_off.next();
         }
         None
     }
 
-    /// The weighted cost and the next state of the slot with this label.
+    /// The slot with this label in the row of `at`.
     #[inline(always)]
-    fn slot(&self, at: u32, label: u16) -> Option<(u64, u32)> {
-        let at = at as usize + usize::from(label);
-        let packed = *self.slots.get(at)?;
-        if packed >> LABEL_SHIFT != u32::from(label) {
-            return None;
-        }
-        let code = *self.codes.get(at)?;
-        Some((WEIGHTED_COSTS.get(usize::from(code)).copied().unwrap_or(0), packed & NEXT))
+    fn slot(&self, at: u32, label: u16) -> Option<Entry> {
+        let slot = *self.slots.get(at as usize + usize::from(label))?;
+        (slot >> (NEXT_SHIFT + LABEL_SHIFT) == u64::from(label)).then_some(Entry(slot))
     }
 
     /// The state behind `bytes` of plain text.
@@ -413,15 +424,15 @@ impl ContextModel {
     fn walk(&self, mut at: u32, byte: u8) -> (Found, u32) {
         let mut spent = 0;
         for _ in 0..MAX_WALK {
-            if let Some((entry, next)) = self.slot(at, byte.into()) {
-                return (Found::Symbol(spent + entry as u32), next);
+            if let Some(symbol) = self.slot(at, byte.into()) {
+                return (Found::Symbol(spent + symbol.cost()), symbol.next());
             }
-            let Some((entry, next)) = self.slot(at, Slot::BACK_OFF) else { break };
-            spent += entry as u32;
-            if next == NOWHERE {
+            let Some(back_off) = self.slot(at, Slot::BACK_OFF) else { break };
+            spent += back_off.cost();
+            if back_off.next() == NOWHERE {
                 return (Found::Nothing(spent), at);
             }
-            at = next;
+            at = back_off.next();
         }
         (Found::Nothing(u32::from(super::MAX_COST)), 0)
     }
@@ -443,7 +454,7 @@ impl ContextModel {
         out.extend_from_slice(&self.trained_bytes.to_le_bytes());
         out.extend_from_slice(&(self.slots.len() as u32).to_le_bytes());
         for slot in &self.slots {
-            out.extend_from_slice(&slot.to_le_bytes());
+            out.extend_from_slice(&((slot >> NEXT_SHIFT) as u32).to_le_bytes());
         }
         out.extend_from_slice(&self.codes);
         out.extend_from_slice(&(self.fields.len() as u16).to_le_bytes());
@@ -470,7 +481,6 @@ impl ContextModel {
         {
             return Err(ModelError::TableLength);
         }
-        let slots: Vec<u32> = slots.iter().map(|&slot| u32::from_le_bytes(slot)).collect();
         let fields: Vec<FieldRoots> = fields
             .iter()
             .map(|&[a, b, c, d, e, f, g, h, i, j, k, l]| FieldRoots {
@@ -482,7 +492,30 @@ impl ContextModel {
         if !fields.is_sorted_by(|a, b| a.field < b.field) || fields.len() >= usize::from(NO_FIELD) {
             return Err(ModelError::Fields);
         }
-        Ok(Self::assemble(trained_bytes, slots, codes.to_vec(), fields))
+        let packed = slots.iter().map(|&slot| u32::from_le_bytes(slot));
+        Ok(Self::assemble(trained_bytes, packed, codes.to_vec(), fields))
+    }
+}
+
+/// A slot, or what a walk came to in the form of one.
+#[derive(Clone, Copy)]
+struct Entry(u64);
+
+impl Entry {
+    #[inline(always)]
+    fn cost(self) -> u32 {
+        (self.0 & COST_MASK) as u32
+    }
+
+    /// The cost's peak weight.
+    #[inline(always)]
+    fn weight(self) -> u64 {
+        u64::from(self.0 as u32 >> WEIGHT_SHIFT)
+    }
+
+    #[inline(always)]
+    fn next(self) -> u32 {
+        (self.0 >> NEXT_SHIFT) as u32 & NEXT
     }
 }
 
@@ -540,39 +573,42 @@ impl Run<'_> {
         self.model.plain_state(self.before(i, PLAIN_ORDER as usize))
     }
 
-    /// Costs byte `i`, and returns its cost and weight.
+    /// Costs byte `i`, and returns the cost's peak weight.
     #[inline(always)]
     fn step<const FIELDS: bool>(&self, i: usize, at: &mut u32, block: &mut Block) -> u64 {
+        // `i` is below the block's length; the mask shows it to the compiler.
+        let i = i & (BLOCK_BYTES - 1);
         if FIELDS
             && let Some(&entry) = block.entries.get(i)
             && entry != ON
         {
             *at = self.enter(entry, *at, i);
         }
-        let byte = self.lookback.get(i + PLAIN_ORDER as usize).copied().unwrap_or(0);
-        let (entry, next) = match self.model.slot(*at, byte.into()) {
-            Some(found) => found,
+        let byte = block.text.get(i).copied().unwrap_or(0);
+        let entry = match self.model.slot(*at, byte.into()) {
+            Some(entry) => entry,
             None => self.miss(i, *at, byte),
         };
-        *at = next;
+        *at = entry.next();
         if let Some(cost) = block.costs.get_mut(i) {
-            *cost = entry as u16;
+            *cost = entry.cost() as u16;
         }
-        entry
+        entry.weight()
     }
 
     /// As the end of [`Self::step`], for a byte that the longest context does not predict.
     #[inline(never)]
-    fn miss(&self, i: usize, at: u32, byte: u8) -> (u64, u32) {
-        match self.model.walk(at, byte) {
-            (Found::Symbol(cost), next) => (weighted(cost), next),
+    fn miss(&self, i: usize, at: u32, byte: u8) -> Entry {
+        let (cost, next) = match self.model.walk(at, byte) {
+            (Found::Symbol(cost), next) => (cost, next),
             (Found::Nothing(escapes), last) => {
                 let plain = match self.model.walk(self.plain_at(i), byte).0 {
                     Found::Symbol(cost) | Found::Nothing(cost) => cost,
                 };
-                (weighted(escapes + plain), last)
+                (escapes + plain, last)
             }
-        }
+        };
+        Entry(u64::from(next) << NEXT_SHIFT | weighted(cost))
     }
 
     /// The state before byte `i` of the block, unless a field begins there.
