@@ -24,9 +24,6 @@ use super::{EvalError, Scored};
 
 /// The name in results.
 pub(crate) const NAME: &str = "contrast";
-/// Longest context of the two models, bytes. Against a second model a shorter one does better than alone:
-/// mean TPR at 1 % over llm_prompts_dev's families .62 with 4, .56 with 5 (see DECISIONS.md).
-const ORDER: u8 = 4;
 /// Words and pairs of either side, at most.
 const MAX_TERMS: usize = 1 << 22;
 
@@ -63,7 +60,8 @@ pub(crate) fn evaluate(
 
 /// A context model of these texts; only its code lengths are used.
 fn model(texts: &[Sample]) -> StreamBaseline {
-    let options = TrainingOptions { order: ORDER, max_ngrams: 1 << 23, ..TrainingOptions::default() };
+    let options =
+        TrainingOptions { max_ngrams: 1 << 23, max_table_bytes: 8 << 20, ..TrainingOptions::default() };
     let mut trainer = StreamTrainer::new(options);
     texts.iter().for_each(|sample| trainer.train(&sample.message));
     trainer.freeze().tune(NAME, &[])
