@@ -964,9 +964,9 @@ fn units_of_a_stream_are_bounded() {
         .collect();
     let (units, _) = chat_stream(&body);
     let texts = texts(&units, Role::Assistant);
-    assert_eq!(texts.len(), 65);
-    assert_eq!(texts[63], "c63;");
-    assert!(texts[64].starts_with("c64;c65;") && texts[64].ends_with("c499;"));
+    assert_eq!(texts.len(), 57);
+    assert_eq!(texts[55], "c55;");
+    assert!(texts[56].starts_with("c56;c57;") && texts[56].ends_with("c499;"));
 }
 
 #[test]
