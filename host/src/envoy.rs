@@ -149,6 +149,8 @@ pub struct EnvoyOptions {
     pub buffer_limit_bytes: Option<u32>,
     /// Whether HTTP/1.1 trailers pass; Envoy drops them by default.
     pub trailers: bool,
+    /// Further clusters, which the filter may call: name, address, and whether they speak HTTP/2.
+    pub callout_clusters: Vec<(String, SocketAddr, bool)>,
     /// How long Envoy may take to become ready.
     pub start_deadline: Duration,
 }
@@ -167,6 +169,7 @@ impl EnvoyOptions {
             access_log: None,
             buffer_limit_bytes: None,
             trailers: false,
+            callout_clusters: Vec::new(),
             start_deadline: Duration::from_secs(60),
         }
     }
@@ -514,29 +517,35 @@ fn bootstrap(options: &EnvoyOptions, access_log: &Path) -> Value {
             "typed_config": connection_manager,
         }]}],
     });
-    let mut cluster = json!({
-        "name": "upstream",
-        "type": "STATIC",
-        "connect_timeout": "5s",
-        "load_assignment": {"cluster_name": "upstream", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {
-            "socket_address": {
-                "address": options.upstream.ip().to_string(),
-                "port_value": options.upstream.port(),
-            },
-        }}}]}]},
-        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-            "common_http_protocol_options": many_headers,
-            "explicit_http_config": {"http_protocol_options": http1},
-        }},
-    });
+    let cluster_of = |name: &str, address: SocketAddr, protocol: Value| {
+        json!({
+            "name": name,
+            "type": "STATIC",
+            "connect_timeout": "5s",
+            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {
+                "socket_address": {"address": address.ip().to_string(), "port_value": address.port()},
+            }}}]}]},
+            "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "common_http_protocol_options": many_headers,
+                "explicit_http_config": protocol,
+            }},
+        })
+    };
+    let http1_only = json!({"http_protocol_options": http1});
+    let mut cluster = cluster_of("upstream", options.upstream, http1_only.clone());
     if let Some(limit) = options.buffer_limit_bytes {
         listener["per_connection_buffer_limit_bytes"] = json!(limit);
         cluster["per_connection_buffer_limit_bytes"] = json!(limit);
     }
+    let mut clusters = vec![cluster];
+    for (name, address, http2) in &options.callout_clusters {
+        let protocol = if *http2 { json!({"http2_protocol_options": {}}) } else { http1_only.clone() };
+        clusters.push(cluster_of(name, *address, protocol));
+    }
     json!({
         "admin": {"address": loopback_any_port},
-        "static_resources": {"listeners": [listener], "clusters": [cluster]},
+        "static_resources": {"listeners": [listener], "clusters": clusters},
     })
 }
 
@@ -586,6 +595,7 @@ mod tests {
         options.failure_policy = FailurePolicy::Reload;
         options.buffer_limit_bytes = Some(4096);
         options.trailers = true;
+        options.callout_clusters = vec![("auth".into(), SocketAddr::from(([127, 0, 0, 1], 9876)), true)];
         let text = bootstrap(&options, Path::new("log")).to_string();
         for part in [
             r#""port_value":4321"#,
@@ -595,6 +605,8 @@ mod tests {
             r#""per_connection_buffer_limit_bytes":4096"#,
             r#""enable_trailers":true"#,
             r#""filename":"f.wasm""#,
+            r#""port_value":9876"#,
+            r#""http2_protocol_options":{}"#,
         ] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }

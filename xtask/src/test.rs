@@ -182,6 +182,8 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             .env("DRIFTLOCK_FILTER", &filter)
             .env(envoy::BINARY_VARIABLE, &envoy))
     };
+    // Guests written with the published SDK are built by the host's tests for this target too.
+    steps.step("the target wasm32-wasip1", || build::add_target("wasm32-wasip1"))?;
     for package in ["driftlock-host", "driftlock-tests"] {
         steps.step(&format!("tests of {package}"), || {
             with_products(&mut workspace.cargo(["test", "--release", "--quiet", "--package", package]))
@@ -201,7 +203,23 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             "envoy",
         ]))
     })?;
+    steps.step("the test kit from outside the workspace", || example(workspace))?;
+    steps.step("documentation of driftlock-host", || {
+        run(workspace
+            .cargo(["doc", "--quiet", "--release", "--no-deps", "--lib", "--package", "driftlock-host"])
+            .env("RUSTDOCFLAGS", "-D warnings"))
+    })?;
     steps.step("envoy/minimal.yaml is valid", || validate_minimal(workspace, &envoy))
+}
+
+/// The example is a workspace of its own. With this workspace's lock file, profile and target directory
+/// it uses the dependencies that are compiled already.
+fn example(workspace: &Workspace) -> Result<(), Failure> {
+    let folder = workspace.root.join("examples/proxy-wasm-test");
+    std::fs::copy(workspace.root.join("Cargo.lock"), folder.join("Cargo.lock"))
+        .map_err(|error| Failure::file("copy Cargo.lock to", &folder, &error))?;
+    let mut test = workspace.cargo(["test", "--quiet", "--release", "--target-dir"]);
+    run(test.arg(&workspace.target).current_dir(folder))
 }
 
 /// Envoy's own check of the file an operator starts from. It names the filter by a path relative to

@@ -87,6 +87,13 @@ impl LogSink {
         (Self::new(level, write), lines)
     }
 
+    /// Passes a line on, if its level is wanted.
+    pub fn pass(&self, line: LogLine) {
+        if let Some(write) = self.write.as_ref().filter(|_| line.level >= self.level) {
+            write(line);
+        }
+    }
+
     /// The lowest level that is passed on.
     #[must_use]
     pub fn level(&self) -> LogLevel {

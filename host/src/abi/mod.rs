@@ -14,6 +14,8 @@
 //!
 //! TCP connections go `connection() → connection_data()* → connection_closed() → done()`.
 //!
+//! Authors of filters find a test kit in [`kit`].
+//!
 //! Cost: a callback that does nothing takes well under a microsecond; body bytes are copied once into
 //! the host and once into the guest when it asks for them. Memory: the guest's (bounded by
 //! [`Limits::memory_bytes`]), what is buffered per stream (bounded too), nothing else grows.
@@ -31,6 +33,7 @@ mod foreign;
 mod headers;
 mod host;
 mod imports;
+pub mod kit;
 mod log;
 mod memory;
 mod metrics;

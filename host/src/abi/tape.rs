@@ -44,6 +44,18 @@ impl From<u64> for Value {
     }
 }
 
+impl From<u32> for Value {
+    fn from(number: u32) -> Self {
+        Self::Number(number.into())
+    }
+}
+
+impl From<i32> for Value {
+    fn from(number: i32) -> Self {
+        Self::Number(i64::from(number).cast_unsigned())
+    }
+}
+
 impl From<&str> for Value {
     fn from(text: &str) -> Self {
         Self::Bytes(text.as_bytes().to_vec())
@@ -77,6 +89,20 @@ impl From<HeaderMap> for Value {
 impl From<MapType> for Value {
     fn from(map: MapType) -> Self {
         Self::Map(map as u32)
+    }
+}
+
+impl Value {
+    /// Equal, where a number stands for the map of that number too, and a negative one for its 32 bits.
+    pub(super) fn same(&self, other: &Self) -> bool {
+        let narrow = |number: u64| number as u32;
+        match (self, other) {
+            (Self::Number(a), Self::Map(b)) | (Self::Map(b), Self::Number(a)) => *a == u64::from(*b),
+            (Self::Number(a), Self::Number(b)) if a.cast_signed() < 0 && *b <= u64::from(u32::MAX) => {
+                u64::from(narrow(*a)) == *b
+            }
+            _ => self == other,
+        }
     }
 }
 

@@ -12,4 +12,6 @@ mod grpc;
 mod hostile;
 mod limits;
 mod replies;
+mod sdk;
 mod start;
+mod through;
