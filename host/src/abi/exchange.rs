@@ -10,7 +10,7 @@ use super::host::Deferred;
 use super::network::Connection;
 use super::plugin::{Plugin, StreamId};
 use super::status::Direction;
-use super::stream::{BodyCall, Event, LocalReply, Resume, Settled, Side, Step, Stream};
+use super::stream::{BodyCall, Event, LocalReply, Resume, Settled, Side, Step, Stream, is_grpc};
 
 /// What a callback asked for about its own side.
 pub(super) struct Own {
@@ -315,6 +315,10 @@ const PAYLOAD_TOO_LARGE: u32 = 413;
 
 /// Ends the exchange with a local reply, as far as a response has not begun.
 fn end_with_reply(stream: &mut Stream, mut reply: LocalReply) -> Step {
+    let request = stream.request.headers.as_ref();
+    if request.and_then(|headers| headers.first(b"content-type")).is_some_and(is_grpc) {
+        reply.speak_grpc();
+    }
     if stream.response.headers.is_some() {
         if stream.response.headers_forwarded {
             return end_with_reset(stream);

@@ -2,8 +2,8 @@
 //!
 //! Names are kept in lower case, as Envoy keeps them; values are bytes, untouched. Lookups are
 //! linear: a message has tens of headers, and a scan of a small vector beats hashing each name.
-//! Left out on purpose: Envoy joins repeated values of some well-known names with a comma when they
-//! are added one by one; here each stays its own entry, as on the wire.
+//! As in Envoy, a value of some well-known names joins the one that is there with a comma, so that a
+//! guest sees the whole list where it asks for the first value; other names keep an entry each.
 
 use super::status::Status;
 
@@ -11,6 +11,63 @@ use super::status::Status;
 pub const PAIRS_MAX_BYTES: usize = 1024 * 1024;
 /// Most pairs accepted from a guest (the C++ host's limit).
 pub const PAIRS_MAX_COUNT: usize = 1024;
+
+/// Names of a request (or of trailers) whose values Envoy 1.40 joins, as it was seen to; sorted.
+const JOINED_IN_REQUESTS: [&str; 28] = [
+    "accept",
+    "accept-encoding",
+    "access-control-request-headers",
+    "access-control-request-method",
+    "authorization",
+    "cache-control",
+    "content-encoding",
+    "content-type",
+    "grpc-accept-encoding",
+    "grpc-timeout",
+    "if-match",
+    "if-modified-since",
+    "if-none-match",
+    "if-range",
+    "if-unmodified-since",
+    "origin",
+    "pragma",
+    "referer",
+    "te",
+    "user-agent",
+    "via",
+    "x-client-trace-id",
+    "x-forwarded-client-cert",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+    "x-request-id",
+];
+
+/// The same of a response.
+const JOINED_IN_RESPONSES: [&str; 21] = [
+    "access-control-allow-credentials",
+    "access-control-allow-headers",
+    "access-control-allow-methods",
+    "access-control-allow-origin",
+    "access-control-expose-headers",
+    "access-control-max-age",
+    "age",
+    "cache-control",
+    "content-encoding",
+    "content-type",
+    "etag",
+    "expires",
+    "grpc-message",
+    "grpc-status",
+    "last-modified",
+    "location",
+    "proxy-status",
+    "server",
+    "vary",
+    "via",
+    "x-request-id",
+];
 
 /// An ordered multimap of header names and values.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -72,9 +129,24 @@ impl HeaderMap {
         out
     }
 
-    /// Appends an entry; the name is put in lower case.
+    /// Appends an entry, or joins the one that is there if the name is one whose values are joined; the
+    /// name is put in lower case.
     pub fn add(&mut self, name: &[u8], value: &[u8]) {
-        self.pairs.push((name.to_ascii_lowercase(), value.to_vec()));
+        let name = name.to_ascii_lowercase();
+        if self.joins(&name)
+            && let Some((_, joined)) = self.pairs.iter_mut().find(|(n, _)| *n == name)
+        {
+            joined.push(b',');
+            joined.extend_from_slice(value);
+            return;
+        }
+        self.pairs.push((name, value.to_vec()));
+    }
+
+    fn joins(&self, name: &[u8]) -> bool {
+        let is_response = self.pairs.first().is_some_and(|(first, _)| first == b":status");
+        let names: &[&str] = if is_response { &JOINED_IN_RESPONSES } else { &JOINED_IN_REQUESTS };
+        names.binary_search_by(|known| known.as_bytes().cmp(name)).is_ok()
     }
 
     /// Sets `name` to exactly one value, at its first position if it had one.
@@ -164,13 +236,12 @@ impl HeaderMap {
         for _ in 0..count {
             lengths.push((take_len(&mut rest)?, take_len(&mut rest)?));
         }
-        let mut pairs = Vec::with_capacity(count);
+        let mut map = Self::with_capacity(count);
         for (name_len, value_len) in lengths {
-            let mut name = take_text(&mut rest, name_len)?;
-            name.make_ascii_lowercase();
-            pairs.push((name, take_text(&mut rest, value_len)?));
+            let name = take_text(&mut rest, name_len)?;
+            map.add(&name, &take_text(&mut rest, value_len)?);
         }
-        if rest.is_empty() { Ok(Self { pairs }) } else { Err(Status::BadArgument) }
+        if rest.is_empty() { Ok(map) } else { Err(Status::BadArgument) }
     }
 }
 
@@ -198,6 +269,20 @@ mod tests {
         assert_eq!(headers.first(b"CONTENT-type"), Some(&b"a"[..]));
         assert_eq!(headers.joined(b"X-a").as_deref(), Some(&b"1,2"[..]));
         assert_eq!(headers.iter().next().map(|(n, _)| n), Some(&b"content-type"[..]));
+    }
+
+    #[test]
+    fn some_names_join_their_values_as_in_envoy() {
+        let lists = [&JOINED_IN_REQUESTS[..], &JOINED_IN_RESPONSES];
+        assert!(lists.iter().all(|list| list.is_sorted()));
+        let request = map(&[(":path", "/"), ("Accept", "a"), ("x", "1"), ("accept", "b"), ("x", "2")]);
+        assert_eq!(request.first(b"accept"), Some(&b"a,b"[..]));
+        assert_eq!(request.len(), 4);
+        let response = map(&[(":status", "200"), ("accept", "a"), ("accept", "b"), ("set-cookie", "a")]);
+        assert_eq!(response.len(), 4);
+        let mut bytes = Vec::new();
+        request.encode(&mut bytes);
+        assert_eq!(HeaderMap::decode(&bytes), Ok(request));
     }
 
     #[test]

@@ -92,7 +92,8 @@ pub struct Metrics {
 #[derive(Default)]
 struct Table {
     by_name: HashMap<(MetricKind, String), u32>,
-    cells: Vec<Arc<Metric>>,
+    /// By kind; an id is the place here and the kind.
+    cells: [Vec<Arc<Metric>>; 3],
 }
 
 impl Metrics {
@@ -103,6 +104,7 @@ impl Metrics {
         let mut samples: Vec<_> = table
             .cells
             .iter()
+            .flatten()
             .map(|metric| MetricSample { name: metric.name.clone(), value: metric.cell.value() })
             .collect();
         samples.sort_by(|a, b| {
@@ -127,13 +129,14 @@ impl Metrics {
         if let Some(id) = table.by_name.get(&(kind, name.to_owned())) {
             return Ok(*id);
         }
-        if table.cells.len() >= METRICS_MAX_COUNT {
+        if table.by_name.len() >= METRICS_MAX_COUNT {
             return Err(Status::InternalFailure);
         }
-        table.cells.push(Arc::new(Metric { name: name.to_owned(), cell: Cell::new(kind) }));
-        // As Envoy's: the kind in the two lowest bits, and 0 to 3 unused, so that a guest's forgotten
-        // initialisation shows as NotFound.
-        let index = u32::try_from(table.cells.len()).map_err(|_| Status::InternalFailure)?;
+        let cells = table.cells.get_mut(kind as usize).ok_or(Status::InternalFailure)?;
+        cells.push(Arc::new(Metric { name: name.to_owned(), cell: Cell::new(kind) }));
+        // As Envoy's: numbered by kind, the kind in the two lowest bits, and 0 to 3 unused, so that a
+        // guest's forgotten initialisation shows as NotFound.
+        let index = u32::try_from(cells.len()).map_err(|_| Status::InternalFailure)?;
         let id = index << 2 | kind as u32;
         table.by_name.insert((kind, name.to_owned()), id);
         Ok(id)
@@ -142,9 +145,8 @@ impl Metrics {
     fn find(&self, id: u32) -> Result<Arc<Metric>, Status> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let index = (id >> 2).checked_sub(1).ok_or(Status::NotFound)?;
-        let metric = table.cells.get(index as usize).ok_or(Status::NotFound)?;
-        // A token whose kind was changed is not a token.
-        if metric.cell.kind() as u32 == id & 3 { Ok(Arc::clone(metric)) } else { Err(Status::NotFound) }
+        let metric = table.cells.get(id as usize & 3).and_then(|cells| cells.get(index as usize));
+        metric.cloned().ok_or(Status::NotFound)
     }
 
     /// Only counters and gauges can be incremented and read, whether or not the id exists.
@@ -213,14 +215,6 @@ impl Cell {
         }
     }
 
-    fn kind(&self) -> MetricKind {
-        match self {
-            Self::Counter(_) => MetricKind::Counter,
-            Self::Gauge(_) => MetricKind::Gauge,
-            Self::Histogram { .. } => MetricKind::Histogram,
-        }
-    }
-
     fn value(&self) -> MetricValue {
         match self {
             Self::Counter(value) => MetricValue::Counter(value.load(Ordering::Relaxed)),
@@ -277,7 +271,7 @@ mod tests {
         assert_eq!((count, sum), (4, u64::MAX));
         assert_eq!((buckets[0], buckets[1], buckets[18]), (2, 1, 1));
 
-        for id in [0, 1, 2, 3, 396, 397, 398, 399, counter ^ 1, u32::MAX] {
+        for id in [0, 1, 2, 3, 396, 397, 398, 399, counter + 4, u32::MAX] {
             let kind = id & 3;
             let no_number = if kind > 1 { Status::BadArgument } else { Status::NotFound };
             assert_eq!(metrics.record(id, 1), Err(Status::NotFound));

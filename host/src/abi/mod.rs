@@ -20,8 +20,34 @@
 //! the host and once into the guest when it asks for them. Memory: the guest's (bounded by
 //! [`Limits::memory_bytes`]), what is buffered per stream (bounded too), nothing else grows.
 //!
-//! Left out on purpose: ABI 0.1.0; several plugins in one VM (each has its own, so that a crash takes
-//! one filter, not all; shared data and queues go by `vm_id` all the same).
+//! # Differences from Envoy 1.40
+//!
+//! All that were found by running the same guests in both (`tests/abi/envoy.rs`, `tests/abi/through.rs`)
+//! or by reading its source; each is deliberate.
+//!
+//! | Envoy | here | why |
+//! |---|---|---|
+//! | plugins with the same `vm_id`, code and VM configuration share one VM | each plugin has its own | a crash takes one filter; shared data and queues go by `vm_id` all the same |
+//! | header pairs that do not parse count as none: `set_header_map_pairs` then wipes the map | `BadArgument` | a guest's mistake must not strip a message |
+//! | a local reply may have any status | `BadArgument` outside 200 to 599 | there is no such response |
+//! | every definition of a metric gets another id | one id per kind and name | definitions in a loop do not grow the table |
+//! | a gauge wraps below zero | stops at zero | 2^64 - 1 is never a level |
+//! | buffer `CallData` is whichever buffer was named last | only what `proxy_on_foreign_function` got | an accident, not a feature |
+//! | WASI: no monotonic clock, no `poll_oneoff` | both | runtimes sleep and measure with them |
+//! | unknown imports keep a module from loading, one named | all are named | one round of fixing instead of many |
+//! | bytes that a TCP filter stops on their way from the upstream are lost | kept, and shown with the next | a filter that waits for a whole message works |
+//! | foreign functions `expr_*`, `sign`, `verify_signature`, `set_envoy_filter_state` | `NotFound` unless registered | each brings a language, a library or Envoy's own types along |
+//! | gRPC through `google_grpc` | `BadArgument` | another client with its own credentials |
+//! | `compress` encodes as its zlib does | other bytes of the same format | another encoder |
+//! | after a buffer went over its limit the access log still shows it | it is freed | bounded memory |
+//! | unbounded: shared data, queues, filter state, header maps, call-outs, metrics | bounded, see [`Limits`] and the constants here; then `InternalFailure` or `BadArgument` | a guest in a loop must not take the process along |
+//!
+//! In the gateway beside these: a status line has the usual reason phrase (Envoy writes `Unknown` for some);
+//! a 503 for a broken filter says so in its body; trailers of HTTP/1.1 go on where both sides announced
+//! them (RFC 9110, 6.5.1); no `x-forwarded-proto` is added; a response broken off right after its headers
+//! may break off before they left.
+//!
+//! Left out on purpose: ABI 0.1.0 and its callbacks; HTTP/2 metadata callbacks, which no SDK offers.
 
 mod cache;
 mod callout;

@@ -64,7 +64,7 @@ pub struct LocalReply {
     pub headers: HeaderMap,
     /// The body.
     pub body: Vec<u8>,
-    /// The gRPC status, when the guest gave one.
+    /// The gRPC status, when the guest gave one or the client speaks gRPC; the headers then say the same.
     pub grpc_status: Option<i32>,
     /// Whether the response callbacks of this stream are to run on the reply: true when no response
     /// had begun, as in Envoy. When false the reply goes straight to the client.
@@ -83,8 +83,31 @@ impl LocalReply {
         }
     }
 
+    /// Makes it an answer that a gRPC client understands: a response of headers alone, with the status
+    /// and the text in them.
+    pub(super) fn speak_grpc(&mut self) {
+        let status = self.grpc_status.unwrap_or(match self.status {
+            400 => 13,
+            401 => 16,
+            403 => 7,
+            404 => 12,
+            429 | 502..=504 => 14,
+            _ => 2,
+        });
+        self.grpc_status = Some(status);
+        self.status = 200;
+        self.headers.replace(b"content-type", b"application/grpc");
+        if self.headers.first(b"grpc-status").is_none() {
+            self.headers.add(b"grpc-status", status.to_string().as_bytes());
+        }
+        let text = std::mem::take(&mut self.body);
+        if !text.is_empty() {
+            self.headers.replace(b"grpc-message", percent_encoded(&text).as_bytes());
+        }
+    }
+
     /// The reply's header map, `:status` first, with the content-length and content-type that Envoy
-    /// gives a reply with a body. For a request that was not gRPC.
+    /// gives a reply with a body.
     #[must_use]
     pub fn response_headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::with_capacity(self.headers.len() + 3);
@@ -100,6 +123,23 @@ impl LocalReply {
         }
         headers
     }
+}
+
+/// The encoding of `grpc-message`: visible ASCII but `%` and `~` stays (as in Envoy).
+fn percent_encoded(text: &[u8]) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text {
+        match byte {
+            b'%' | 0..=0x1f | b'~'.. => out.push_str(&format!("%{byte:02X}")),
+            byte => out.push(char::from(*byte)),
+        }
+    }
+    out
+}
+
+/// Whether a content-type is gRPC's.
+pub(super) fn is_grpc(content_type: &[u8]) -> bool {
+    content_type.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest, [] | [b'+', ..]))
 }
 
 /// What the caller does after a callback.

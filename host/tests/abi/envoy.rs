@@ -12,16 +12,21 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use driftlock_host::abi::{Direction, HeaderMap, HeadersPause, Limits, PluginOptions, Step, StreamId};
+use driftlock_host::abi::{
+    Direction, HeaderMap, HeadersPause, HttpCallResponse, Limits, PluginOptions, Step, StreamId,
+};
 use driftlock_host::envoy::{Envoy, EnvoyOptions, find_binary};
 
-use crate::guest::{Run, headers, wat};
+use crate::guest::{Run, Sent, headers, wat};
 
 /// Long enough that Envoy reads two writes apart, on a busy machine too.
 const APART: Duration = Duration::from_millis(150);
 /// Longest wait for a message that does not come.
 const PATIENCE: Duration = Duration::from_secs(5);
 const BUFFER_LIMIT_BYTES: u32 = 4096;
+/// What Envoy puts into the body of a 503 it makes up.
+const CONNECTION_REFUSED: &str =
+    "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure";
 
 /// One message: chunks of a chunked body, then trailers.
 #[derive(Clone, Default)]
@@ -76,11 +81,13 @@ struct Case {
     request: Message,
     response: Message,
     pause: HeadersPause,
+    /// What cluster `auth` answers, if the guest calls it; `None` is a closed port.
+    auth: Option<&'static str>,
 }
 
 impl Case {
     fn new(guest: &str, request: Message, response: Message) -> Self {
-        Self { guest: guest.to_owned(), request, response, pause: HeadersPause::default() }
+        Self { guest: guest.to_owned(), request, response, pause: HeadersPause::default(), auth: None }
     }
 
     /// What the guest says in Envoy, and what the client receives.
@@ -97,6 +104,18 @@ impl Case {
         options.buffer_limit_bytes = Some(BUFFER_LIMIT_BYTES);
         options.trailers = true;
         options.allow_on_headers_stop_iteration = self.pause == HeadersPause::StopIteration;
+        let auth = TcpListener::bind("127.0.0.1:0").unwrap();
+        options.callout_clusters = vec![("auth".to_owned(), auth.local_addr().unwrap(), false)];
+        match self.auth {
+            Some(text) => drop(thread::spawn(move || {
+                let Ok((stream, _)) = auth.accept() else { return };
+                read_message(&stream);
+                // An empty answer is one that never comes.
+                let _ = (&stream).write_all(text.as_bytes());
+                thread::sleep(8 * APART);
+            })),
+            None => drop(auth),
+        }
         let envoy = Envoy::start(&options).unwrap_or_else(|error| panic!("{error}"));
         let response = self.response.clone();
         thread::spawn(move || answer(&upstream, &response));
@@ -111,6 +130,25 @@ impl Case {
         (said.collect(), received)
     }
 
+    /// What a proxy reports of a call to `auth`, as Envoy was seen to: no connection is a 503 that the
+    /// proxy makes up, no answer in time a 504, and a connection lost in the middle of one a failure.
+    fn answered(&self) -> Option<HttpCallResponse> {
+        let made_up = |status: &str, body: &str| HttpCallResponse {
+            headers: headers(&[(":status", status)]),
+            body: body.into(),
+            ..HttpCallResponse::default()
+        };
+        match self.auth {
+            None => Some(made_up("503", CONNECTION_REFUSED)),
+            Some("") => Some(made_up("504", "upstream request timeout")),
+            Some(text) => {
+                let (head, body) = text.split_once("\r\n\r\n")?;
+                let length: usize = head.split_once("content-length: ")?.1.parse().ok()?;
+                (body.len() == length).then(|| made_up(&head[9..12], body))
+            }
+        }
+    }
+
     /// What the guest says here, driven as a proxy drives it.
     fn here(&self) -> Vec<String> {
         let limits = Limits {
@@ -120,12 +158,27 @@ impl Case {
         };
         // What the Envoy under test calls the plugin.
         let root_id = "driftlock".to_owned();
-        let options =
-            PluginOptions { limits, root_id, headers_pause: self.pause, ..PluginOptions::default() };
+        let options = PluginOptions {
+            limits,
+            root_id,
+            vm_id: "driftlock".to_owned(),
+            headers_pause: self.pause,
+            callout_upstreams: Some(["auth".to_owned(), "upstream".to_owned()].into()),
+            ..PluginOptions::default()
+        };
         let mut run = Run::with(&self.guest, options);
         let id = run.plugin.stream().unwrap();
         let request = headers(&[(":authority", "a"), (":path", "/p?q"), (":method", "POST")]);
-        match drive(&mut run, id, Direction::Request, request, &self.request) {
+        let mut passed = drive(&mut run, id, Direction::Request, request, &self.request);
+        for call in Sent::by(&mut run.plugin).http {
+            run.plugin.http_call_response(call.id, self.answered()).unwrap();
+            // The guest lets the request go on when it has its answer.
+            if !run.plugin.take_events().is_empty() {
+                passed = Passed::Whole;
+            }
+        }
+        while run.plugin.deliver_queues().unwrap() > 0 {}
+        match passed {
             Passed::Whole => {
                 let response = headers(&[(":status", "200")]);
                 if let Passed::Replied(reply) =
@@ -515,4 +568,148 @@ fn envoy_replaces_bodies_alike() {
         );
     }
     Case::new(&guest, message(&["abcd", "e"]), message(&["fghi", "j"])).same();
+}
+
+/// Calls `auth` and says everything about the answer, then lets the request go on.
+fn calling(timeout_ms: u32) -> String {
+    format!(
+        r#"
+      (data (i32.const 100) "auth")
+      (data (i32.const 110) "nope")
+      (data (i32.const 120) ":status")
+      (data (i32.const 200) "\03\00\00\00\07\00\00\00\03\00\00\00\05\00\00\00\02\00\00\00\0a\00\00\00\01\00\00\00:method\00GET\00:path\00/c\00:authority\00a\00")
+      (global $stream (mut i32) (i32.const 0))
+      (func $call (param $name i32) (param $headers i32) (param $timeout i32)
+        (call $say (call $http_call (local.get $name) (i32.const 4) (i32.const 200)
+          (local.get $headers) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
+          (local.get $timeout) (i32.const 0))))
+      (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+        (global.set $stream (local.get 0))
+        (call $call (i32.const 110) (i32.const 62) (i32.const 0))
+        (call $call (i32.const 100) (i32.const 0) (i32.const 0))
+        (call $call (i32.const 100) (i32.const 62) (i32.const -1))
+        (call $call (i32.const 100) (i32.const 62) (i32.const {timeout_ms}))
+        (call $say (i32.load (i32.const 0)))
+        (i32.const 1))
+      (func (export "proxy_on_http_call_response") (param i32 i32 i32 i32 i32)
+        (call $say (i32.const 77)) (call $say (local.get 1)) (call $say (i32.gt_u (local.get 2) (i32.const 0)))
+        (call $say (local.get 3)) (call $say (local.get 4))
+        (drop (call $get_status (i32.const 0) (i32.const 4) (i32.const 8)))
+        (call $say (i32.load (i32.const 0)))
+        (call $tell (i32.load (i32.const 4)) (i32.load (i32.const 8)))
+        (call $say (call $get_header_map_value (i32.const 6) (i32.const 120) (i32.const 7)
+          (i32.const 0) (i32.const 4)))
+        (if (local.get 2) (then (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4)))))
+        (if (local.get 3) (then
+          (call $say (call $get_buffer_bytes (i32.const 4) (i32.const 0) (i32.const 999) (i32.const 0) (i32.const 4)))
+          (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4)))))
+        (call $say (call $get_header_map_value (i32.const 0) (i32.const 120) (i32.const 7)
+          (i32.const 0) (i32.const 4)))
+        (call $say (call $set_effective_context (global.get $stream)))
+        (call $say (call $get_header_map_value (i32.const 0) (i32.const 207) (i32.const 0)
+          (i32.const 0) (i32.const 4)))
+        (call $say (call $continue_stream (i32.const 0))))
+      (func (export "proxy_on_response_headers") (param i32 i32 i32) (result i32)
+        (call $say (i32.const 78)) (i32.const 0))
+      (func (export "proxy_on_delete") (param i32) (call $say (i32.const 105)))"#
+    )
+}
+
+#[test]
+#[ignore = "needs an Envoy: cargo xtask envoy"]
+fn envoy_answers_calls_alike() {
+    for (auth, timeout_ms) in [
+        (Some("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes"), 0),
+        (Some("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n"), 2000),
+        // Cut off in its body.
+        (Some("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nyes"), 0),
+        // Out of time.
+        (Some(""), 100),
+        (None, 0),
+    ] {
+        let mut case = Case::new(&calling(timeout_ms), message(&[]), message(&["x"]));
+        case.auth = auth;
+        case.same();
+    }
+}
+
+#[test]
+#[ignore = "needs an Envoy: cargo xtask envoy"]
+fn envoy_keeps_shared_things_alike() {
+    let mut calls = String::new();
+    for kind in 0..4 {
+        calls += &format!(
+            "(call $say (call $define_metric (i32.const {kind}) (i32.const 100) (i32.const 3) (i32.const 0)))
+             (call $say (i32.load (i32.const 0)))
+             (call $metric (i32.load (i32.const 0)))\n"
+        );
+    }
+    for id in [0, 1, 2, 3, 4000, 4001, 4002, 4003] {
+        calls += &format!("(call $metric (i32.const {id}))\n");
+    }
+    let guest = format!(
+        r#"
+      (data (i32.const 100) "xyz")
+      (data (i32.const 110) "other")
+      (func $metric (param i32)
+        (call $say (call $increment_metric (local.get 0) (i64.const 0)))
+        (call $say (call $increment_metric (local.get 0) (i64.const -2)))
+        (call $say (call $record_metric (local.get 0) (i64.const 7)))
+        (call $say (call $increment_metric (local.get 0) (i64.const 5)))
+        (call $say (call $increment_metric (local.get 0) (i64.const -2)))
+        (i64.store (i32.const 8) (i64.const 99))
+        (call $say (call $get_metric (local.get 0) (i32.const 8)))
+        (call $say (i32.load (i32.const 8))))
+      (func $data (param $cas i32)
+        (call $say (call $set_shared_data (i32.const 100) (i32.const 1) (i32.const 100) (i32.const 2)
+          (local.get $cas))))
+      (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+        {calls}
+        (call $say (call $get_shared_data (i32.const 100) (i32.const 1) (i32.const 0) (i32.const 4) (i32.const 8)))
+        (call $data (i32.const 55)) (call $data (i32.const 0))
+        (call $say (call $get_shared_data (i32.const 100) (i32.const 1) (i32.const 0) (i32.const 4) (i32.const 8)))
+        (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4)))
+        (call $data (i32.load (i32.const 8))) (call $data (i32.load (i32.const 8)))
+        (call $say (call $set_shared_data (i32.const 102) (i32.const 1) (i32.const 100) (i32.const 0) (i32.const 0)))
+        (call $say (call $get_shared_data (i32.const 102) (i32.const 1) (i32.const 0) (i32.const 4) (i32.const 8)))
+        (call $say (i32.load (i32.const 4)))
+
+        (call $say (call $resolve_shared_queue (i32.const 0) (i32.const 0) (i32.const 100) (i32.const 3) (i32.const 0)))
+        (call $say (call $register_shared_queue (i32.const 100) (i32.const 3) (i32.const 0)))
+        (call $say (i32.load (i32.const 0)))
+        (call $say (call $register_shared_queue (i32.const 100) (i32.const 3) (i32.const 0)))
+        (call $say (i32.load (i32.const 0)))
+        (call $say (call $register_shared_queue (i32.const 100) (i32.const 2) (i32.const 0)))
+        (call $say (i32.load (i32.const 0)))
+        (call $say (call $resolve_shared_queue (i32.const 0) (i32.const 0) (i32.const 100) (i32.const 3) (i32.const 0)))
+        (call $say (i32.load (i32.const 0)))
+        (call $say (call $resolve_shared_queue (i32.const 110) (i32.const 5) (i32.const 100) (i32.const 3) (i32.const 0)))
+        (call $say (call $dequeue_shared_queue (i32.const 1) (i32.const 0) (i32.const 4)))
+        (call $say (call $dequeue_shared_queue (i32.const 9) (i32.const 0) (i32.const 4)))
+        (call $say (call $enqueue_shared_queue (i32.const 1) (i32.const 110) (i32.const 5)))
+        (call $say (call $enqueue_shared_queue (i32.const 1) (i32.const 111) (i32.const 2)))
+        (call $say (call $enqueue_shared_queue (i32.const 9) (i32.const 110) (i32.const 5)))
+
+        (call $say (call $done)) (call $say (call $set_effective_context (i32.const 0)))
+        (call $say (call $set_effective_context (i32.const 9999)))
+        (call $say (call $get_status (i32.const 0) (i32.const 4) (i32.const 8)))
+        (call $say (i32.load (i32.const 0)))
+        (call $say (call $call_foreign_function (i32.const 100) (i32.const 3) (i32.const 0) (i32.const 0)
+          (i32.const 8) (i32.const 12)))
+        (call $say (call $grpc_send (i32.const 2) (i32.const 0) (i32.const 0) (i32.const 0)))
+        (call $say (call $grpc_send (i32.const 1) (i32.const 0) (i32.const 0) (i32.const 0)))
+        (call $say (call $grpc_close (i32.const 0))) (call $say (call $grpc_close (i32.const 1)))
+        (call $say (call $grpc_cancel (i32.const 2))) (call $say (call $grpc_cancel (i32.const 3)))
+        (call $say (call $grpc_call (i32.const 100) (i32.const 3) (i32.const 100) (i32.const 3)
+          (i32.const 100) (i32.const 3) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
+          (i32.const 100) (i32.const 0)))
+        (call $say (call $grpc_stream (i32.const 100) (i32.const 3) (i32.const 100) (i32.const 3)
+          (i32.const 100) (i32.const 3) (i32.const 0) (i32.const 0) (i32.const 0)))
+        (i32.const 0))
+      (func (export "proxy_on_queue_ready") (param i32 i32)
+        (call $say (i32.const 88)) (call $say (local.get 1))
+        (call $say (call $dequeue_shared_queue (local.get 1) (i32.const 0) (i32.const 4)))
+        (call $tell (i32.load (i32.const 0)) (i32.load (i32.const 4))))"#
+    );
+    Case::new(&guest, message(&[]), message(&["x"])).same();
 }

@@ -274,6 +274,33 @@ fn a_plugin_can_move_to_another_thread() {
     std::thread::spawn(move || run.plugin.tick().unwrap()).join().unwrap();
 }
 
+/// The least of many batches is what the machine's other work leaves untouched.
+#[test]
+fn a_callback_that_does_nothing_costs_at_most_two_microseconds() {
+    let mut run = Run::new(
+        r#"(func $none (param i32 i32 i32) (result i32) (i32.const 0))
+        (export "proxy_on_request_body" (func $none)) (func (export "proxy_on_tick") (param i32))"#,
+    );
+    let id = run.plugin.stream().unwrap();
+    run.plugin.request_headers(id, get("/"), false).unwrap();
+    const CALLS: u32 = 1000;
+    let mut least = [Duration::MAX; 2];
+    for _ in 0..100 {
+        let start = Instant::now();
+        for _ in 0..CALLS {
+            run.plugin.tick().unwrap();
+        }
+        least[0] = least[0].min(start.elapsed() / CALLS);
+        let start = Instant::now();
+        for _ in 0..CALLS {
+            run.plugin.request_body(id, b"0123456789abcdef", false).unwrap();
+        }
+        least[1] = least[1].min(start.elapsed() / CALLS);
+    }
+    println!("tick: {:?}, body of 16 bytes: {:?}", least[0], least[1]);
+    assert!(least.iter().all(|cost| *cost <= Duration::from_micros(2)), "{least:?}");
+}
+
 /// Prints what a callback costs. Run with `--ignored --nocapture`.
 #[test]
 #[ignore = "a measurement"]

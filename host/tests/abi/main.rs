@@ -13,5 +13,6 @@ mod hostile;
 mod limits;
 mod replies;
 mod sdk;
+mod session;
 mod start;
 mod through;

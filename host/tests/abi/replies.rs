@@ -87,6 +87,35 @@ fn a_reply_gets_the_headers_envoy_gives_it() {
 }
 
 #[test]
+fn a_grpc_client_gets_an_answer_of_headers_alone() {
+    let mut run = Run::new(REFUSE);
+    for (content_type, speaks) in
+        [("application/grpc", true), ("application/grpc+proto", true), ("application/grpcx", false)]
+    {
+        let id = run.plugin.stream().unwrap();
+        let mut request = get("q");
+        request.add(b"content-type", content_type.as_bytes());
+        let Step::Reply(reply) = run.plugin.request_headers(id, request, false).unwrap() else {
+            panic!("no reply");
+        };
+        if speaks {
+            let sent = [
+                (":status", "200"),
+                ("a", "b"),
+                ("content-type", "application/grpc"),
+                ("grpc-status", "7"),
+                ("grpc-message", "no!"),
+            ];
+            assert_eq!(reply.response_headers(), headers(&sent));
+            assert!(reply.body.is_empty());
+        } else {
+            assert_eq!((reply.status, reply.body.as_slice()), (403, &b"no!"[..]));
+        }
+        run.plugin.done(id).unwrap();
+    }
+}
+
+#[test]
 fn a_closed_stream_is_reset_and_left_alone() {
     let guest = r#"
       (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)

@@ -97,6 +97,92 @@ impl RootContext for Root {
     }
 }
 
+/// Names that proxies treat in their own ways when they come twice.
+const TWICE_IN_REQUESTS: [&str; 43] = [
+    "accept",
+    "accept-encoding",
+    "accept-language",
+    "access-control-request-headers",
+    "access-control-request-method",
+    "authorization",
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "cookie",
+    "forwarded",
+    "from",
+    "grpc-accept-encoding",
+    "grpc-timeout",
+    "if-match",
+    "if-modified-since",
+    "if-none-match",
+    "if-range",
+    "if-unmodified-since",
+    "link",
+    "origin",
+    "pragma",
+    "proxy-authorization",
+    "range",
+    "referer",
+    "te",
+    "traceparent",
+    "tracestate",
+    "user-agent",
+    "via",
+    "warning",
+    "x-b3-traceid",
+    "x-client-trace-id",
+    "x-custom",
+    "x-envoy-retry-on",
+    "x-forwarded-client-cert",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-real-ip",
+    "x-request-id",
+];
+const TWICE_IN_RESPONSES: [&str; 37] = [
+    "accept-ranges",
+    "access-control-allow-credentials",
+    "access-control-allow-headers",
+    "access-control-allow-methods",
+    "access-control-allow-origin",
+    "access-control-expose-headers",
+    "access-control-max-age",
+    "age",
+    "allow",
+    "alt-svc",
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-range",
+    "content-type",
+    "etag",
+    "expires",
+    "grpc-message",
+    "grpc-status",
+    "last-modified",
+    "link",
+    "location",
+    "pragma",
+    "proxy-status",
+    "retry-after",
+    "server",
+    "set-cookie",
+    "strict-transport-security",
+    "traceparent",
+    "vary",
+    "via",
+    "warning",
+    "www-authenticate",
+    "x-custom",
+    "x-forwarded-for",
+    "x-request-id",
+];
+
 struct Http {
     context_id: u32,
     manner: String,
@@ -187,6 +273,12 @@ impl HttpContext for Http {
                 self.set_http_request_header("x-set", Some("new"));
                 self.set_http_request_header("x-gone", None);
                 log::info!("{:?}", self.get_http_request_header("x-added"));
+            }
+            "twice" => {
+                for name in TWICE_IN_REQUESTS {
+                    self.add_http_request_header(name, "1");
+                    self.add_http_request_header(name, "2");
+                }
             }
             "all headers" => {
                 let mut headers = self.get_http_request_headers();
@@ -312,6 +404,12 @@ impl HttpContext for Http {
         }
         if self.manner.starts_with("body ") {
             self.set_http_response_header("content-length", None);
+        }
+        if self.manner == "twice" {
+            for name in TWICE_IN_RESPONSES {
+                self.add_http_response_header(name, "1");
+                self.add_http_response_header(name, "2");
+            }
         }
         if self.manner == "headers" {
             self.set_http_response_header("x-context", Some(&self.context_id.to_string()));
