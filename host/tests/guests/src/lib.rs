@@ -97,8 +97,8 @@ impl RootContext for Root {
     }
 }
 
-/// Names that proxies treat in their own ways when they come twice.
-const TWICE_IN_REQUESTS: [&str; 43] = [
+/// Names that proxies treat in their own ways when they come twice; none that a proxy keeps to itself.
+const TWICE_IN_REQUESTS: [&str; 41] = [
     "accept",
     "accept-encoding",
     "accept-language",
@@ -126,7 +126,6 @@ const TWICE_IN_REQUESTS: [&str; 43] = [
     "proxy-authorization",
     "range",
     "referer",
-    "te",
     "traceparent",
     "tracestate",
     "user-agent",
@@ -135,7 +134,6 @@ const TWICE_IN_REQUESTS: [&str; 43] = [
     "x-b3-traceid",
     "x-client-trace-id",
     "x-custom",
-    "x-envoy-retry-on",
     "x-forwarded-client-cert",
     "x-forwarded-for",
     "x-forwarded-host",
