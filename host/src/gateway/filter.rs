@@ -3,7 +3,7 @@
 //! The gateway knows only these two traits: a [`FilterFactory`] opens one [`HttpFilter`] per
 //! exchange, and the filter answers every piece of the exchange with a [`Step`]. It exists so that
 //! the server can be tested against a filter written in Rust, and so that the WebAssembly host
-//! stays free of HTTP servers ([`super::wasm`] joins the two).
+//! stays free of HTTP servers (`gateway::wasm` joins the two).
 //!
 //! Every call is synchronous and short (microseconds): a filter that has to wait answers
 //! [`Step::Hold`] and wakes the gateway through [`HttpFilter::poll_resumed`].

@@ -1,6 +1,6 @@
 //! The native path: exchanges straight into the inspection, no proxy and no wasm.
 //!
-//! What: [`judge`] reports an exchange to [`Exchange`](driftlock_inspect::session::Exchange) as a
+//! What: `judge` reports an exchange to [`Exchange`](driftlock_inspect::session::Exchange) as a
 //! proxy would and collects what it publishes. Why: it is the fastest path, it trains, and it is the
 //! reference that the filter's verdicts are compared with.
 //!
