@@ -34,6 +34,8 @@ enum Command {
     Eval(eval::Args),
     /// Generate an LLM gateway's traffic, with labelled anomalies.
     Synth(synth::Args),
+    /// Say what a replay found of the attacks that `synth` injected, and where.
+    Score(synth::score::Args),
     /// Generate, train, inspect, report: the whole path in one command.
     Demo(demo::Args),
 }
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
         Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
+        Command::Score(args) => synth::score::run(&args).map_err(anyhow::Error::from),
         Command::Demo(args) => return demo::run(args),
     };
     match result {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use driftlock_host::capture::{self, Exchange};
 use driftlock_host::replay::envoy::{ReplayOptions, ReplayedExchange, VerdictSource, replay_through};
 use driftlock_host::replay::upstream::Upstream;
-use driftlock_host::replay::{Args, Verdicts, Via, native, replay, wasm};
+use driftlock_host::replay::{Args, Verdicts, Via, native, replay, run, verify, wasm};
 use driftlock_host::synth::{self, SynthOptions};
 use driftlock_inspect::session::Plugin;
 use driftlock_tests::proxy::{start_envoy, start_gateway};
@@ -145,6 +145,46 @@ fn the_replays_digest_is_one_by_every_path() {
     // The digest is over the verdicts: another baseline's differ.
     let other = replay(&arguments(file, Via::Native, &config, None), std::io::sink()).unwrap();
     assert_ne!(other.digest, summaries[0].digest);
+}
+
+#[test]
+fn verify_makes_the_run_again_by_another_path_and_names_a_changed_filter() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let options = SynthOptions { seed: 9, count: 40, anomalies: 4, ..SynthOptions::default() };
+    synth::write_jsonl(&mut File::create(path("capture.jsonl")).unwrap(), &synth::generate(&options))
+        .unwrap();
+    std::fs::write(path("plugin.json"), json!({"alpha": 0.01}).to_string()).unwrap();
+    std::fs::write(path("baseline"), driftlock_tests::baseline().encode()).unwrap();
+    std::fs::copy(filter(), path("filter.wasm")).unwrap();
+    let args = arguments(path("capture.jsonl"), Via::Wasm, &path("plugin.json"), Some(&path("baseline")));
+    let args = Args { digest: false, out: path("v.jsonl"), filter: Some(path("filter.wasm")), ..args };
+    run(&args).unwrap();
+    let check = |via| {
+        let args = verify::Args {
+            manifest: path("v.jsonl.manifest.json"),
+            input: None,
+            baseline: None,
+            filter: None,
+            verdicts: None,
+            via,
+            envoy: Some(envoy_binary()),
+            threads: None,
+        };
+        verify::verify(&args).unwrap().differences
+    };
+    for via in [None, Some(Via::Native), Some(Via::Envoy)] {
+        assert_eq!(check(via), Vec::<String>::new(), "{via:?}");
+    }
+    let mut module = std::fs::read(path("filter.wasm")).unwrap();
+    let middle = module.len() / 2;
+    module[middle] ^= 16;
+    std::fs::write(path("filter.wasm"), module).unwrap();
+    let differences = check(None);
+    assert!(
+        differences[0].starts_with("the filter ") && differences[0].contains(" bytes "),
+        "{differences:?}"
+    );
 }
 
 /// The recorded exchanges with real providers, where this machine has them.

@@ -67,7 +67,7 @@ fn split(raw: &str) -> Result<(&str, Fields<'_>, &str), &'static str> {
         Some(end) => (&raw[..end], &raw[end + 4..]),
         None => (raw.strip_suffix("\r\n").unwrap_or(raw), ""),
     };
-    let mut lines = head.split("\r\n");
+    let mut lines = lines(head);
     let start = lines.next().unwrap_or_default();
     let mut headers = Vec::with_capacity(16);
     for line in lines {
@@ -75,4 +75,40 @@ fn split(raw: &str) -> Result<(&str, Fields<'_>, &str), &'static str> {
         headers.push((name.trim(), value.trim()));
     }
     Ok((start, headers, body))
+}
+
+/// Lines that end in CRLF; what `split("\\r\\n")` gives, several times faster.
+fn lines(head: &str) -> impl Iterator<Item = &str> {
+    let bytes = head.as_bytes();
+    let mut start = 0;
+    let mut ends = memchr::memchr_iter(b'\n', bytes);
+    let mut done = false;
+    std::iter::from_fn(move || {
+        if done {
+            return None;
+        }
+        for at in ends.by_ref() {
+            if at > start && bytes[at - 1] == b'\r' {
+                let line = &head[start..at - 1];
+                start = at + 1;
+                return Some(line);
+            }
+        }
+        done = true;
+        Some(&head[start..])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn lines_are_those_of_the_plain_way(head in "[a\r\n:é]{0,20}") {
+            let plain: Vec<&str> = head.split("\r\n").collect();
+            prop_assert_eq!(lines(&head).collect::<Vec<_>>(), plain);
+        }
+    }
 }

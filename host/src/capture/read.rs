@@ -327,14 +327,14 @@ impl Open {
                 Ok(Some(place)) => place,
                 Ok(None) => {
                     while let Some(trace) = self.traces.finish() {
-                        batch.items.push(Cut::Ready(trace.map(Box::new)));
+                        batch.items.push(self.ready(trace));
                     }
                     return false;
                 }
                 Err((place, source)) => {
                     batch.bytes.truncate(start);
                     while let Some(trace) = self.traces.finish() {
-                        batch.items.push(Cut::Ready(trace.map(Box::new)));
+                        batch.items.push(self.ready(trace));
                     }
                     batch.items.push(Cut::Ready(Err(CaptureError::Broken { place, source })));
                     return false;
@@ -357,9 +357,16 @@ impl Open {
                 }
             };
             batch.bytes.truncate(start);
-            batch.items.extend(trace.map(|trace| Cut::Ready(trace.map(Box::new))));
+            batch.items.extend(trace.map(|trace| self.ready(trace)));
         }
         true
+    }
+
+    fn ready(&self, trace: Result<Recorded, CaptureError>) -> Cut {
+        Cut::Ready(trace.map(|mut recorded| {
+            name_id(&mut recorded, self.name.as_deref());
+            Box::new(recorded)
+        }))
     }
 }
 
@@ -446,7 +453,12 @@ impl Batch {
             Cut::Bytes { range, place, number } => (range.clone(), *place, *number),
         };
         Some(match self.parse(range, place, number) {
-            Ok(record) => Item::Record(record),
+            Ok(mut record) => {
+                if let Some(name) = &self.name {
+                    record.id = format!("{name}:{}", record.id).into();
+                }
+                Item::Record(record)
+            }
             Err(error) => Item::Bad(self.text_of(&error)),
         })
     }
@@ -467,7 +479,11 @@ impl Batch {
         let recorded = match std::mem::replace(self.items.get_mut(index)?, Cut::Taken) {
             Cut::Ready(recorded) => recorded.map(|recorded| *recorded),
             Cut::Bytes { range, place, number } => {
-                self.parse(range, place, number).and_then(Record::into_recorded)
+                let recorded = self.parse(range, place, number).and_then(Record::into_recorded);
+                recorded.map(|mut recorded| {
+                    name_id(&mut recorded, self.name.as_deref());
+                    recorded
+                })
             }
             Cut::Taken => return None,
         };
@@ -534,6 +550,13 @@ impl Iterator for Exchanges {
             }
         }
         None
+    }
+}
+
+/// Numbers say which recording of a file it is: of several files, the file belongs to it.
+fn name_id(recorded: &mut Recorded, name: Option<&str>) {
+    if let Some(name) = name {
+        recorded.exchange.id = format!("{name}:{}", recorded.exchange.id);
     }
 }
 

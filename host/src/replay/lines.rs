@@ -9,6 +9,7 @@
 //! Cost: no allocation a line once its buffers have grown.
 
 use std::io::{self, Write};
+use std::sync::LazyLock;
 
 use memchr::memmem;
 
@@ -50,14 +51,19 @@ impl Found {
     }
 }
 
-// Neither can be inside a string of a JSON text: a quote has a backslash before it there.
+// None of them can be inside a string of a JSON text: a quote has a backslash before it there.
 const OUTCOME: &[u8] = b"\"outcome\":\"";
 const BASELINE: &[u8] = b"\"baseline\":\"";
 const FAILURE: &[u8] = b"\"failure\":\"";
 
+/// Searching for a few bytes costs less than getting ready to search.
+static FIND_OUTCOME: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(OUTCOME));
+static FIND_BASELINE: LazyLock<memmem::FinderRev<'static>> =
+    LazyLock::new(|| memmem::FinderRev::new(BASELINE));
+
 fn has_baseline(json: &[u8]) -> bool {
     // It is one of the last fields.
-    memmem::rfind(json, BASELINE).is_some()
+    FIND_BASELINE.rfind(json).is_some()
 }
 
 /// The names of the outcomes, in the order of [`Tally::outcomes`].
@@ -85,8 +91,7 @@ impl Tally {
     }
 
     fn count_outcome(&mut self, json: &[u8]) {
-        let word =
-            memmem::find(json, OUTCOME).and_then(|at| json.get(at + OUTCOME.len()..)).unwrap_or_default();
+        let word = FIND_OUTCOME.find(json).and_then(|at| json.get(at + OUTCOME.len()..)).unwrap_or_default();
         for (count, name) in self.outcomes.iter_mut().zip(OUTCOMES) {
             *count +=
                 u64::from(word.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.starts_with(b"\"")));

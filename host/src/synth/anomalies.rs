@@ -1,4 +1,4 @@
-//! The five injected anomalies, each with the bytes that make it one.
+//! The injected anomalies, each with the bytes that make it one.
 //!
 //! | label | what happens | where |
 //! |---|---|---|
@@ -7,6 +7,9 @@
 //! | `repetition` | the answer falls into a loop and is cut off | response, `assistant` unit |
 //! | `model_swap` | another model answers: other style, other id, other `model` | response, `assistant` unit |
 //! | `sql_injection` | a payload in the path or query of an ordinary GET | request, `target` unit |
+//! | `path_traversal` | the same with a way out of a folder | request, `target` unit |
+//! | `script_injection` | the same with a script for a browser | request, `target` unit |
+//! | `indirect_injection` | what a tool returned gives the model orders | request, last `tool_result` unit |
 //!
 //! Texts are written for this project and random where they look secret: no real key, no real
 //! person. Spans are byte offsets in the unit's decoded text (the message's content, not its JSON
@@ -18,11 +21,24 @@ use super::chat::{Backend, Completion, Message, Reply};
 use super::conversation::{self, Twist};
 use super::dice::Dice;
 use super::grammar::{Grammar, Scene};
-use super::{Direction, Span, Traffic, chat, rest};
+use super::parameters::Style;
+use super::{Direction, Span, Traffic, chat, rest, styles};
 use crate::capture::{HttpRequest, HttpResponse};
 
 /// The kinds of anomaly, in the order in which a run injects them.
 pub const FAMILIES: [&str; 5] = ["jailbreak", "exfiltration", "repetition", "model_swap", "sql_injection"];
+
+/// Those and the ones that only parameters ask for.
+pub const ALL_FAMILIES: [&str; 8] = [
+    "jailbreak",
+    "exfiltration",
+    "repetition",
+    "model_swap",
+    "sql_injection",
+    "path_traversal",
+    "script_injection",
+    "indirect_injection",
+];
 
 const OPEN: char = '⟦';
 const CLOSE: char = '⟧';
@@ -34,12 +50,36 @@ pub(super) struct Anomaly {
     pub(super) spans: Vec<Span>,
 }
 
-/// Draws an anomaly of `FAMILIES[family]`.
-pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dice) -> Anomaly {
+/// An exchange in the style of an API.
+pub(super) fn through(
+    style: Style,
+    completion: &Completion<'_>,
+    dice: &mut Dice,
+) -> (HttpRequest, HttpResponse) {
+    match (styles::request(style, completion), styles::response(style, completion, dice)) {
+        (Some(request), Some(response)) => (request, response),
+        _ => {
+            let request = chat::request(completion.app, completion.messages, completion.streamed);
+            (request, chat::response(completion, dice))
+        }
+    }
+}
+
+/// Name and text of another model's answer.
+pub(super) fn other_model(traffic: &Traffic, unix_s: u64, dice: &mut Dice) -> (String, String) {
+    let mut scene = Scene::new(&traffic.attacks, unix_s);
+    let style = scene.expand("swap", dice);
+    let (text, _) = unmark(&scene.expand(&style, dice));
+    (scene.expand("swap.model", dice), text)
+}
+
+/// Draws an anomaly of a family.
+pub(super) fn draw(traffic: &Traffic, family: &str, api: Style, unix_s: u64, dice: &mut Dice) -> Anomaly {
     let attacks = &traffic.attacks;
     let app = apps::pick(&traffic.apps, dice);
+    let app_with_tools = if app.tools.is_empty() { &traffic.apps[0] } else { app };
     let mut scene = Scene::new(attacks, unix_s);
-    match FAMILIES[family] {
+    match family {
         "jailbreak" => {
             let marked = scene.expand("jailbreak", dice);
             let (payload, _) = unmark(&marked);
@@ -55,12 +95,12 @@ pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dic
                 start: span.start,
                 end: span.end,
             }];
-            completion(app, unix_s, conversation, false, Backend::Own, spans, dice)
+            completion(app, api, unix_s, conversation, false, Backend::Own, spans, dice)
         }
         "exfiltration" => {
             let (text, marks) = unmark(&scene.expand("exfil", dice));
             let conversation = conversation::draw(app, unix_s, Twist::ModelSays(&text), dice);
-            completion(app, unix_s, conversation, false, Backend::Own, assistant(marks), dice)
+            completion(app, api, unix_s, conversation, false, Backend::Own, assistant(marks), dice)
         }
         "repetition" => {
             let looped = stuck(attacks, app, unix_s, dice);
@@ -71,17 +111,54 @@ pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dic
                 Reply::Call(_) => 0,
             };
             let spans = assistant(vec![(end - len, end)]);
-            completion(app, unix_s, conversation, true, Backend::Own, spans, dice)
+            completion(app, api, unix_s, conversation, true, Backend::Own, spans, dice)
         }
         "model_swap" => {
             let style = scene.expand("swap", dice);
             let (text, marks) = unmark(&scene.expand(&style, dice));
             let conversation = conversation::draw(app, unix_s, Twist::ModelSays(&text), dice);
             let backend = Backend::Swapped { model: scene.expand("swap.model", dice) };
-            completion(app, unix_s, conversation, false, backend, assistant(marks), dice)
+            let mut anomaly =
+                completion(app, api, unix_s, conversation, false, backend, assistant(marks), dice);
+            // Another model answers in another envelope: all of it is injected.
+            anomaly.spans.push(Span {
+                direction: Direction::Response,
+                unit: "envelope".to_owned(),
+                index: 0,
+                start: 0,
+                end: anomaly.response.body.len(),
+            });
+            anomaly
+        }
+        "indirect_injection" => {
+            let (payload, _) = unmark(&scene.expand("injected_order", dice));
+            let mut conversation = loop {
+                // Only some turns have a tool.
+                let app_turn = conversation::draw(app_with_tools, unix_s, Twist::ModelSays("Done."), dice);
+                if app_turn.messages.iter().any(|m| matches!(m, Message::ToolResult { .. })) {
+                    break app_turn;
+                }
+            };
+            let results = conversation.messages.iter_mut().filter_map(|m| match m {
+                Message::ToolResult { content, .. } => Some(content),
+                _ => None,
+            });
+            let mut spans = Vec::new();
+            if let Some((index, content)) = results.enumerate().last() {
+                content.push('\n');
+                let start = content.len();
+                content.push_str(&payload);
+                let unit = "tool_result".to_owned();
+                spans.push(Span { direction: Direction::Request, unit, index, start, end: content.len() });
+            }
+            completion(app_with_tools, api, unix_s, conversation, false, Backend::Own, spans, dice)
         }
         _ => {
-            let marked = Scene::new(&traffic.rest, unix_s).expand("sqli.target", dice);
+            let marked = match family {
+                "path_traversal" => scene.expand("traversal.target", dice),
+                "script_injection" => scene.expand("script.target", dice),
+                _ => Scene::new(&traffic.rest, unix_s).expand("sqli.target", dice),
+            };
             let (target, marks) = unmark(&marked);
             let (request, response) = rest::lookup(&traffic.rest, target, unix_s, dice);
             let method_len = request.method.len() + 1;
@@ -100,8 +177,10 @@ pub(super) fn draw(traffic: &Traffic, family: usize, unix_s: u64, dice: &mut Dic
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "the parts of one exchange")]
 fn completion(
     app: &App,
+    api: Style,
     unix_s: u64,
     conversation: conversation::Conversation,
     cut_off: bool,
@@ -110,7 +189,6 @@ fn completion(
     dice: &mut Dice,
 ) -> Anomaly {
     let streamed = dice.percent(app.stream_percent);
-    let request = chat::request(app, &conversation.messages, streamed);
     let completion = Completion {
         app,
         unix_s,
@@ -120,7 +198,8 @@ fn completion(
         streamed,
         backend,
     };
-    Anomaly { application: app.name, request, response: chat::response(&completion, dice), spans }
+    let (request, response) = through(api, &completion, dice);
+    Anomaly { application: app.name, request, response, spans }
 }
 
 fn assistant(marks: Vec<(usize, usize)>) -> Vec<Span> {

@@ -354,7 +354,7 @@ fn indexed(value: Json) -> Json {
 
 /// Cuts a text into deltas of one to five words, each with the space before it, as a tokenizer does.
 /// Concatenated they are the text.
-fn pieces<'t>(text: &'t str, dice: &mut Dice) -> Vec<&'t str> {
+pub(super) fn pieces<'t>(text: &'t str, dice: &mut Dice) -> Vec<&'t str> {
     let mut pieces = Vec::new();
     let mut start = 0;
     let mut words = dice.between(1, 5);

@@ -7,6 +7,7 @@ use super::apps::{BEARER, HOST};
 use super::calendar;
 use super::dice::Dice;
 use super::grammar::{Grammar, Scene};
+use super::parameters::{Extra, Fault};
 use crate::capture::{HttpRequest, HttpResponse};
 
 /// A call and its answer; the target is as sent.
@@ -36,6 +37,49 @@ pub(super) fn lookup(
     let agent = Scene::new(grammar, unix_s).expand("agent", dice);
     let request = request("GET".to_owned(), target, None, String::new(), &agent);
     (request, response(r#"{"items":[],"page":1,"pages":0}"#.to_owned(), unix_s, dice))
+}
+
+/// What goes wrong in place of an answer.
+pub(super) fn fail(fault: Fault, response: &mut HttpResponse, extra: &mut Extra) {
+    let json = |text: String| (text.into_bytes(), "application/json");
+    let dice = &mut extra.0;
+    let (status, (body, content_type)) = match fault {
+        Fault::UpstreamError => (
+            500,
+            json(format!(
+                r#"{{"error":{{"message":"The server had an error while processing your request. (request req_{})","type":"server_error","param":null,"code":null}}}}"#,
+                dice.hex(32)
+            )),
+        ),
+        Fault::RateLimited => (
+            429,
+            json(format!(
+                r#"{{"error":{{"message":"Rate limit reached for requests. Please try again in {}ms.","type":"requests","param":null,"code":"rate_limit_exceeded"}}}}"#,
+                dice.between(20, 900)
+            )),
+        ),
+        Fault::ErrorPage => {
+            let page = "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n<center><h1>502 Bad Gateway</h1></center>\r\n<hr><center>nginx</center>\r\n</body>\r\n</html>\r\n";
+            (502, (page.as_bytes().to_vec(), "text/html"))
+        }
+        Fault::Truncated => {
+            // At a character's beginning, so that a row can hold it.
+            let mut end = dice.below(response.body.len() as u64) as usize;
+            while response.body.get(end).is_some_and(|byte| byte & 0xc0 == 0x80) {
+                end -= 1;
+            }
+            response.body.truncate(end);
+            response.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("content-length"));
+            return;
+        }
+        Fault::Empty => (response.status, (Vec::new(), "application/json")),
+    };
+    response.status = status;
+    response.headers.retain(|(name, _)| {
+        !name.eq_ignore_ascii_case("content-length") && !name.eq_ignore_ascii_case("content-type")
+    });
+    response.headers.push(("content-type".to_owned(), content_type.to_owned()));
+    response.body = body;
 }
 
 fn request(

@@ -80,7 +80,7 @@ fn same_options_give_the_same_bytes_on_every_platform() {
     assert_eq!(sha256_hex(&run), sha256_hex(&generate(&small())));
     assert_eq!(
         sha256_hex(&run),
-        "2c69a2a0140fe301c48b44da298af3fe18e66e05d02f3439c36ee9160ce47aa2",
+        "8241d1833ff91e5e6ec5dd8e26ca23b984cee9c00f1e0776423aaec0bf148145",
         "the generator's output changed: if that was meant, update this digest"
     );
     assert_ne!(sha256_hex(&run), sha256_hex(&generate(&SynthOptions { seed: 8, ..small() })));
@@ -161,7 +161,8 @@ fn spans_point_at_the_attack_and_at_nothing_else() {
         }
         *seen.entry(labelled.label.clone()).or_default() += 1;
         assert_eq!(labelled.exchange.label, labelled.label);
-        assert_eq!(labelled.spans.len(), 1, "{}", labelled.label);
+        // A swapped model has a swapped envelope, too.
+        assert_eq!(labelled.spans.len(), 1 + usize::from(labelled.label == "model_swap"));
         let (inside, outside) = pointed_at(&labelled, &labelled.spans[0]);
         match labelled.label.as_str() {
             "jailbreak" => {
@@ -274,34 +275,161 @@ fn rows_read_back_as_the_same_exchanges() {
     let run = generate(&SynthOptions { count: 60, anomalies: 10, ..small() });
     let dir = tempfile::tempdir().unwrap();
     for name in ["run.jsonl", "run.jsonl.gz"] {
+        let path = dir.path().join(name);
         let args = Args {
-            skip: 0,
-            count: 60,
-            anomalies: 10,
-            seed: 7,
-            start: small().start_unix_s,
-            out: dir.path().join(name),
+            count: Some(60),
+            anomalies: Some(10),
+            seed: Some(7),
+            out: Some(path.clone()),
+            ..Args::default()
         };
         super::run(&args).unwrap();
-        let rows = crate::capture::open(&args.out).unwrap();
-        let read: Vec<Exchange> = rows.map(|row| row.unwrap().into_exchange().unwrap()).collect();
+        let read: Vec<_> = crate::capture::exchanges(&path).unwrap().map(Result::unwrap).collect();
         assert_eq!(read.len(), run.len());
         for (read, made) in read.iter().zip(&run) {
-            assert_eq!(read, &made.exchange);
+            assert_eq!(read.exchange, made.exchange);
+            assert_eq!(read.unix_ns, Some(made.unix_s * 1_000_000_000));
         }
     }
 }
 
 #[test]
 fn a_file_that_cannot_be_created_is_named() {
-    let args = Args {
-        skip: 0,
-        count: 1,
-        anomalies: 0,
-        seed: 1,
-        start: 0,
-        out: "/nonexistent-folder/x.jsonl".into(),
-    };
+    let args = Args { count: Some(1), out: Some("/nonexistent-folder/x.jsonl".into()), ..Args::default() };
     let message = super::run(&args).unwrap_err().to_string();
     assert!(message.contains("/nonexistent-folder/x.jsonl") && message.contains("--out"), "{message}");
+}
+
+/// Exchanges with every parameter in use.
+fn everything() -> Vec<LabelledExchange> {
+    let mut options = SynthOptions { count: 1_500, anomalies: 120, ..SynthOptions::example() };
+    options.drift[0].at = 400;
+    (options.drift[1].at, options.drift[1].over) = (800, 700);
+    generate(&options)
+}
+
+#[test]
+fn parameters_change_only_what_they_concern() {
+    let plain = generate(&SynthOptions { count: 200, ..small() });
+    let tenants = generate(&SynthOptions { count: 200, tenants: 5, ..small() });
+    let mut seen = BTreeSet::new();
+    for (plain, with) in plain.iter().zip(tenants) {
+        let mut with = with;
+        let (name, _) = with.exchange.request.headers.pop().unwrap();
+        assert_eq!(name, "x-tenant-id");
+        seen.insert(with.tenant.unwrap());
+        assert_eq!(with.exchange, plain.exchange);
+    }
+    assert_eq!(seen.len(), 5);
+}
+
+#[test]
+fn every_style_drift_fault_and_family_is_there_and_reads_as_its_api() {
+    let run = everything();
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    let mut paths: BTreeMap<String, usize> = BTreeMap::new();
+    for labelled in &run {
+        *counts.entry(labelled.label.clone()).or_default() += 1;
+        let Exchange { request, response, .. } = &labelled.exchange;
+        let response = response.as_ref().unwrap();
+        let path = request.target.split(['?', ':']).next().unwrap().to_owned();
+        if path.starts_with("/v1") && content_type(&request.headers).starts_with("application/json") {
+            json(&request.body);
+            *paths.entry(path).or_default() += 1;
+        }
+        if labelled.label.starts_with("fault_") {
+            continue;
+        }
+        match content_type(&response.headers) {
+            kind if kind.starts_with("text/event-stream") => {
+                let text = String::from_utf8(response.body.clone()).unwrap();
+                for data in text.lines().filter_map(|line| line.strip_prefix("data: ")) {
+                    assert!(data == "[DONE]" || serde_json::from_str::<Value>(data).is_ok(), "{data}");
+                }
+            }
+            _ => {
+                json(&response.body);
+            }
+        }
+    }
+    for family in ALL_FAMILIES {
+        assert_eq!(counts[family], 15, "{family}");
+    }
+    for label in
+        ["drift_model", "drift_topic", "fault_upstream_error", "fault_rate_limited", "fault_truncated"]
+    {
+        assert!(counts[label] > 3, "{label}: {counts:?}");
+    }
+    assert!(["/v1/chat/completions", "/v1/responses", "/v1/messages"].iter().all(|path| paths[*path] > 100));
+    assert!(paths.keys().any(|path| path.starts_with("/v1beta/models/")), "{paths:?}");
+    assert!(run.windows(2).all(|pair| pair[0].unix_s <= pair[1].unix_s + STEP_S));
+}
+
+#[test]
+fn injected_orders_are_where_their_span_says_in_every_style() {
+    let mut seen = 0;
+    for labelled in everything().iter().filter(|l| l.label == "indirect_injection") {
+        let span = &labelled.spans[0];
+        let units = crate::explain::unit_texts(&labelled.exchange);
+        let unit = units[0]
+            .iter()
+            .find(|unit| unit.unit.role.as_str() == span.unit && usize::from(unit.unit.index) == span.index);
+        let unit = unit.unwrap_or_else(|| panic!("no {span:?} in {}", labelled.exchange.request.target));
+        let inside = String::from_utf8_lossy(&unit.text[span.start..span.end.min(unit.text.len())]);
+        let orders = ["collector@", "Call every tool", "password reset", "refund for account"];
+        assert!(orders.iter().any(|order| inside.contains(order)), "{inside}");
+        seen += 1;
+    }
+    assert_eq!(seen, 15);
+}
+
+#[test]
+fn parameters_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("parameters.json");
+    for (text, named) in [
+        (r#"{"sede": 1}"#, "sede"),
+        (r#"{"styles": {"cobol": 1}}"#, "cobol"),
+        (r#"{"families": ["flood"], "anomalies": 1}"#, "flood"),
+        (r#"{"drift": [{"kind": "model", "application": "nobody", "at": 1}]}"#, "nobody"),
+    ] {
+        std::fs::write(&path, text).unwrap();
+        let args =
+            Args { parameters: Some(path.clone()), out: Some(dir.path().join("x")), ..Args::default() };
+        let error = super::run(&args).unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
+    let example = serde_json::to_string(&SynthOptions::example()).unwrap();
+    assert_eq!(serde_json::from_str::<SynthOptions>(&example).unwrap(), SynthOptions::example());
+}
+
+#[test]
+fn a_score_counts_hits_by_overlap_in_the_same_unit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (traffic, verdicts) = (dir.path().join("t.jsonl"), dir.path().join("v.jsonl"));
+    let row = |id: &str| {
+        format!(
+            r#"{{"id":"{id}","label":"attack","kind":"http_exchange","text":"","extra":{{"spans":[{{"direction":"request","unit":"user","index":1,"start":10,"end":20}}]}}}}"#
+        )
+    };
+    let verdict = |id: &str, outcome: &str, unit: &str, index: u64, start: u64, end: u64| {
+        format!(
+            r#"{{"id":"{id}","request":{{"outcome":"{outcome}","unit":"{unit}","unit_index":{index},"spans":[{{"start":{start},"end":{end}}}]}}}}"#
+        )
+    };
+    let cases = [
+        verdict("1", "anomalous", "user", 1, 19, 30),
+        verdict("2", "anomalous", "user", 1, 20, 30),
+        verdict("3", "anomalous", "user", 0, 12, 15),
+        verdict("4", "anomalous", "system", 1, 12, 15),
+        verdict("5", "normal", "user", 1, 12, 15),
+        r#"{"id":"6","response":{"outcome":"anomalous","unit":"user","unit_index":1,"spans":[]}}"#.to_owned(),
+    ];
+    let rows: Vec<String> = (1..=6).map(|id| row(&id.to_string())).collect();
+    std::fs::write(&traffic, rows.join("\n")).unwrap();
+    std::fs::write(&verdicts, cases.join("\n")).unwrap();
+    let scores = score::score(&traffic, &verdicts).unwrap();
+    assert_eq!(scores["attack"], score::Score { exchanges: 6, flagged: 5, with_span: 5, span_hits: 1 });
+    std::fs::write(&verdicts, cases[1..].join("\n")).unwrap();
+    assert!(score::score(&traffic, &verdicts).unwrap_err().to_string().contains("line 1"));
 }
