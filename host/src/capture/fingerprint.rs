@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn blocks_double_and_stay_right() {
         let bytes: Vec<u8> =
-            (0..(MAX_BLOCKS * 3) as u64 * FIRST_BLOCK_BYTES).map(|i| (i * i >> 7) as u8).collect();
+            (0..(MAX_BLOCKS * 3) as u64 * FIRST_BLOCK_BYTES).map(|i| ((i * i) >> 7) as u8).collect();
         let whole = Fingerprint::of(&bytes);
         assert_eq!((whole.block_bytes, whole.blocks_crc32.len()), (4 * FIRST_BLOCK_BYTES, 768));
         for (block, crc) in bytes.chunks(whole.block_bytes as usize).zip(&whole.blocks_crc32) {

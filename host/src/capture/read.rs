@@ -169,6 +169,7 @@ enum Cut {
 
 /// One recording of a batch.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "it is looked at and dropped; nearly all are records")]
 pub enum Item<'a> {
     /// As its bytes have it.
     Record(Record<'a>),
@@ -508,7 +509,7 @@ impl Batch {
 /// # Errors
 /// As [`Reader::open`].
 pub fn exchanges(path: &Path) -> Result<Exchanges, CaptureError> {
-    Ok(Exchanges::new(Reader::open(path)?))
+    Ok(Exchanges { reader: Reader::open(path)?, batch: Batch::default(), next: 0, done: false })
 }
 
 /// See [`exchanges`].
@@ -517,18 +518,6 @@ pub struct Exchanges {
     batch: Batch,
     next: usize,
     done: bool,
-}
-
-impl Exchanges {
-    /// From a reader's place on.
-    pub fn new(reader: Reader) -> Self {
-        Self { reader, batch: Batch::default(), next: 0, done: false }
-    }
-
-    /// The reader, for its files' fingerprints.
-    pub fn into_reader(self) -> Reader {
-        self.reader
-    }
 }
 
 impl Iterator for Exchanges {

@@ -180,9 +180,9 @@ fn histogram(out: &mut String, sorted: &[i64], statistic: f64) {
 }
 
 fn unit(out: &mut String, unit: &UnitText, spans: &[Span], baseline: &StreamBaseline) {
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<h3>Unit {}[{}], {} bytes</h3>\n",
+        "<h3>Unit {}[{}], {} bytes</h3>",
         unit.unit.role.as_str(),
         unit.unit.index,
         unit.text.len()
@@ -201,7 +201,7 @@ fn unit(out: &mut String, unit: &UnitText, spans: &[Span], baseline: &StreamBase
     let Some((costs, expected)) = costs_of(baseline, unit) else {
         out.push_str("<p>Training saw no unit of this kind.</p>\n");
         let text = unit.text.get(..MAX_UNIT_BYTES).unwrap_or(&unit.text);
-        let _ = write!(out, "<pre>{}</pre>\n", shown(&String::from_utf8_lossy(text)));
+        let _ = writeln!(out, "<pre>{}</pre>", shown(&String::from_utf8_lossy(text)));
         return;
     };
     let from = match unit.text.len() <= MAX_UNIT_BYTES {
@@ -210,7 +210,7 @@ fn unit(out: &mut String, unit: &UnitText, spans: &[Span], baseline: &StreamBase
     };
     let to = from.saturating_add(MAX_UNIT_BYTES).min(unit.text.len());
     if to - from < unit.text.len() {
-        let _ = write!(out, "<p class=\"quiet\">Bytes {from} to {to} are shown.</p>\n");
+        let _ = writeln!(out, "<p class=\"quiet\">Bytes {from} to {to} are shown.</p>");
     }
     out.push_str("<pre>");
     heat_map(out, &unit.text[from..to], &costs[from..to], expected, |at| {
