@@ -6,9 +6,14 @@
 //!
 //! Cost: a few small allocations a message, none a byte.
 //!
+//! `evidence.schema.json` beside this file is its JSON Schema ([`SCHEMA`]); [`Verdict::sentences`] says the
+//! same in plain words.
+//!
 //! Left out on purpose: the text of the message. A verdict can be stored and sent where the message
 //! may not be; offsets say where to look.
 
+use alloc::borrow::ToOwned;
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
@@ -16,6 +21,9 @@ use serde::Serialize;
 
 use crate::calibrate::{NormalRanges, PValue, UNIT_SCORE, UNSEEN_UNIT, View};
 use crate::score::{ExcessSpan, UnitScores};
+
+/// JSON Schema (draft 2020-12) of a [`Verdict`].
+pub const SCHEMA: &str = include_str!("evidence.schema.json");
 
 /// What came of inspecting a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -82,6 +90,85 @@ pub struct Verdict {
     pub baseline: Option<String>,
     /// Version of the engine.
     pub engine_version: &'static str,
+}
+
+impl Verdict {
+    /// The verdict in plain sentences, for a person who has the message but not this project's words.
+    ///
+    /// Without the text of the message, as the verdict itself; [`crate::baseline::UnitBaseline::likeliest`]
+    /// says what the baseline would have expected in a span's place.
+    pub fn sentences(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        let stream = &self.stream;
+        out.push(match (self.outcome, self.p_fraction, &self.reason) {
+            (Outcome::Anomalous, Some([rank, of]), _) => {
+                let (stranger, calibrated) = (rank.saturating_sub(1), of.saturating_sub(1));
+                format!(
+                    "Anomalous: of {calibrated} held-out normal messages of {stream}, {stranger} are at least as strange (p = {rank}/{of}, at most alpha = {}).",
+                    self.alpha
+                )
+            }
+            (Outcome::Normal, Some([rank, of]), _) => {
+                let (stranger, calibrated) = (rank.saturating_sub(1), of.saturating_sub(1));
+                format!(
+                    "Normal: of {calibrated} held-out normal messages of {stream}, {stranger} are at least as strange (p = {rank}/{of}, above alpha = {}).",
+                    self.alpha
+                )
+            }
+            (Outcome::WarmingUp, _, reason) => {
+                format!("Not judged: {stream} is still learning what is normal ({}).", reason.as_deref().unwrap_or("no calibration yet"))
+            }
+            (outcome, _, reason) => {
+                format!("{}: {stream}, {}.", outcome.as_str(), reason.as_deref().unwrap_or("no reason given"))
+            }
+        });
+        if matches!(self.outcome, Outcome::Anomalous | Outcome::Normal)
+            && let Some(reason) = &self.reason
+        {
+            out.push(format!("A part of it was not inspected ({reason})."));
+        }
+        let Some(unit) = self.unit else { return out };
+        let index = self.unit_index.unwrap_or(0);
+        let Some(scores) = &self.scores else {
+            out.push(format!("Its unit {unit} #{index} is of a kind that the baseline has never seen."));
+            return out;
+        };
+        if let Some(bits) = scores.statistic {
+            let why = match scores.view {
+                "total" => "its text as a whole costs more than normal text of its length".to_owned(),
+                "peak" => "a few of its bytes are very unlike what stands there normally".to_owned(),
+                "fields" => "values in it are unlike what stands in those fields normally".to_owned(),
+                "new_pairs" => {
+                    format!("{} pairs of familiar words in it never stood side by side", scores.new_pairs)
+                }
+                _ => format!("{} of its {} words are new", scores.new_words, scores.words),
+            };
+            out.push(format!(
+                "Its strangest unit is {unit} #{index}: {why}; one normal unit in {} has as much ({bits} bits of surprise).",
+                one_in(bits)
+            ));
+        }
+        out.push(format!(
+            "It costs {} bits a byte where {} are normal.",
+            scores.mean_bits, scores.expected_mean_bits
+        ));
+        for span in &self.spans {
+            out.push(format!(
+                "Bytes {}-{} of the unit cost {} bits where so many bytes of normal text cost {}.",
+                span.start, span.end, span.bits, span.expected_bits
+            ));
+        }
+        out
+    }
+}
+
+/// 2^bits, as people say it.
+fn one_in(bits: f64) -> String {
+    match bits {
+        bits if bits >= 40.0 => "more than 10^12".to_owned(),
+        // A cast of a bounded positive number; the power by shifts, so that every target agrees.
+        bits => format!("{}", 1u64 << (bits.max(0.0) as u32)),
+    }
 }
 
 /// How many units a verdict lists.
@@ -254,4 +341,100 @@ pub(crate) fn p_value(p: PValue) -> f64 {
 
 pub(crate) fn alpha(ppm: u32) -> f64 {
     f64::from(ppm) / 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::baseline::{Snapshot, TrainingOptions};
+    use crate::detector::{Detector, LearningPlan, Settings, UnitId};
+    use serde_json::Value;
+    use std::collections::BTreeSet;
+
+    /// One verdict of each outcome, and one of an unseen kind of unit.
+    fn verdicts() -> Vec<Verdict> {
+        let settings = Settings {
+            alpha_ppm: 50_000,
+            learning: Some(LearningPlan::new(120, 50_000).unwrap()),
+            training: TrainingOptions::default(),
+            max_streams: 2,
+        };
+        let mut detector = Detector::new(settings, Snapshot::default());
+        let mut send = |name, text: &str, defect: Option<&str>| {
+            let mut message = detector.begin("app/request");
+            message.text(UnitId { name, index: 0 }, text.as_bytes(), 7, 1 << 14);
+            detector.finish(message, defect.map(ToOwned::to_owned))
+        };
+        let first = send("user", "where is order 1", None);
+        for i in 1..120u32 {
+            send("user", &format!("where is order {}", i.wrapping_mul(2_654_435_761) >> 22), None);
+        }
+        let mut all = std::vec![first, send("user", "where is order 77", None)];
+        all.push(send("user", "where is <script>alert(1)</script>", None));
+        all.push(send("user", "where is order 5", Some("cut_short")));
+        all.push(send("tool", "rm -rf", None));
+        all
+    }
+
+    /// Does `value` have the keys and types that `schema` gives?
+    fn conforms(value: &Value, schema: &Value, path: &str) {
+        let types: Vec<&str> = match &schema["type"] {
+            Value::String(one) => std::vec![one.as_str()],
+            Value::Array(some) => some.iter().filter_map(Value::as_str).collect(),
+            _ => panic!("{path}: the schema has no type"),
+        };
+        let is = |kind: &str| match kind {
+            "object" => value.is_object(),
+            "array" => value.is_array(),
+            "string" => value.is_string(),
+            "integer" => value.is_u64(),
+            "number" => value.is_number(),
+            other => panic!("{path}: no such type: {other}"),
+        };
+        assert!(types.iter().any(|kind| is(kind)), "{path}: {value} is no {types:?}");
+        if let Some(allowed) = schema["enum"].as_array() {
+            assert!(allowed.contains(value), "{path}: {value}");
+        }
+        if let Some(object) = value.as_object() {
+            assert_eq!(schema["additionalProperties"], Value::Bool(false), "{path}");
+            for required in schema["required"].as_array().unwrap() {
+                assert!(object.contains_key(required.as_str().unwrap()), "{path}: no {required}");
+            }
+            for (key, value) in object {
+                assert!(!schema["properties"][key].is_null(), "{path}: {key} is not in the schema");
+                conforms(value, &schema["properties"][key], &format!("{path}.{key}"));
+            }
+        }
+        for value in value.as_array().into_iter().flatten() {
+            conforms(value, &schema["items"], &format!("{path}[]"));
+        }
+    }
+
+    #[test]
+    fn verdicts_conform_to_the_schema_and_use_all_of_it() {
+        let schema: Value = serde_json::from_str(SCHEMA).unwrap();
+        let mut seen = BTreeSet::new();
+        for verdict in verdicts() {
+            let json = serde_json::to_value(&verdict).unwrap();
+            conforms(&json, &schema, "verdict");
+            seen.extend(json.as_object().unwrap().keys().cloned());
+        }
+        let known: BTreeSet<String> = schema["properties"].as_object().unwrap().keys().cloned().collect();
+        assert_eq!(seen, known, "the schema names what no verdict has");
+    }
+
+    #[test]
+    fn sentences_say_what_the_verdict_says() {
+        let said: Vec<String> = verdicts().iter().map(|verdict| verdict.sentences().join(" ")).collect();
+        let [warming, normal, anomalous, cut, unseen] = &said[..] else { panic!("{said:?}") };
+        assert!(warming.contains("still learning") && warming.contains("learning 1/120"), "{warming}");
+        assert!(normal.starts_with("Normal: of ") && normal.contains("app/request"), "{normal}");
+        assert!(
+            anomalous.starts_with("Anomalous: of ") && anomalous.contains("0 are at least as strange"),
+            "{anomalous}"
+        );
+        assert!(anomalous.contains("cost ") && anomalous.contains("user #0"), "{anomalous}");
+        assert!(cut.contains("cut_short"), "{cut}");
+        assert!(unseen.contains("tool #0 is of a kind that the baseline has never seen"), "{unseen}");
+    }
 }

@@ -392,6 +392,17 @@ impl ContextModel {
         None
     }
 
+    /// The byte that would cost least next; the lowest of several.
+    pub fn cheapest(&self, state: &State) -> u8 {
+        let mut block = Block::default();
+        let mut cost = |byte: &u8| {
+            let mut state = state.clone();
+            self.cost_block(&mut state, &[*byte], &mut block);
+            block.costs().first().copied()
+        };
+        (0..=u8::MAX).min_by_key(|byte| cost(byte)).unwrap_or(0)
+    }
+
     /// The slot with this label in the row of `at`.
     #[inline(always)]
     fn slot(&self, at: u32, label: u16) -> Option<Entry> {
