@@ -159,7 +159,7 @@ impl StreamTrainer {
                 (name.to_owned(), UnitModel { normalised, coder, vocabulary, expected: Expected::default() })
             })
             .collect();
-        units.sort_by(|a, b| a.0.cmp(&b.0));
+        units.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         Models { units, messages: self.messages, max_unit_bytes }
     }
 }

@@ -5,7 +5,7 @@ use alloc::collections::BTreeSet;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::context::{Context, END, Place, visit};
+use super::context::{Context, END, FIELD_ORDER, PLAIN_ORDER, Place, visit};
 use super::model::{ContextModel, FieldRoots, MAX_SLOTS, NOWHERE, Slot};
 use super::{MAX_COST_FINE, UNIFORM_BITS, code_of, log2_fixed, mix};
 
@@ -185,9 +185,8 @@ impl Table {
     /// automaton's state is always the longest kept context, whichever way it came there.
     fn kept(&self, savings: &[u64], least: u64) -> Vec<bool> {
         let mut kept: Vec<bool> = vec![false; self.pairs.len()];
-        let mut longest_first: Vec<&Node> = self.nodes.iter().collect();
-        longest_first.sort_by_key(|node| core::cmp::Reverse(node.context.len()));
-        for node in longest_first {
+        let of_length = |len| self.nodes.iter().filter(move |node| node.context.len() == len);
+        for node in (0..=PLAIN_ORDER.max(FIELD_ORDER)).rev().flat_map(of_length) {
             let range = node.first as usize..(node.first + node.len) as usize;
             let (Some(kept_here), Some(saved)) = (kept.get_mut(range.clone()), savings.get(range)) else {
                 continue;
@@ -308,7 +307,7 @@ fn kept_contexts(table: &Table, kept: &[bool]) -> Vec<KeptContext> {
     if states.first().is_none_or(|first| first.context != Context::ROOT) {
         states.push(KeptContext { context: Context::ROOT, total: 0, pairs: Vec::new(), base: 0 });
     }
-    states.sort_by(|a, b| {
+    states.sort_unstable_by(|a, b| {
         let is_root = |state: &KeptContext| state.context == Context::ROOT;
         is_root(b).cmp(&is_root(a)).then(b.total.cmp(&a.total)).then(a.context.cmp(&b.context))
     });
@@ -430,7 +429,7 @@ impl Automaton {
                 fields.push(roots);
             }
         }
-        fields.sort_by_key(|roots| roots.field);
+        fields.sort_unstable_by_key(|roots| roots.field);
         fields.dedup_by_key(|roots| roots.field);
         fields
     }
