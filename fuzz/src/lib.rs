@@ -10,6 +10,7 @@
 //! | [`body`] | body parsers: every split, offsets, coverage, agreement with serde_json and a naive SSE reader |
 //! | [`memory`] | what decoding and parsing may allocate; needs a process without other threads |
 //! | [`config`] | plugin configurations |
+//! | [`decode`] | undoing content codings: splits, bounds, agreement with other decoders |
 //! | [`session`] | an exchange under any order of callbacks and any failing host calls |
 //! | [`splits`] | learning and judging do not depend on how bodies were cut |
 //! | [`coder`] | code lengths against a naive model |
@@ -23,6 +24,7 @@ pub mod adapters;
 pub mod body;
 pub mod coder;
 pub mod config;
+pub mod decode;
 mod input;
 pub mod memory;
 pub mod rewrite;

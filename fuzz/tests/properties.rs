@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use driftlock_engine::baseline::Snapshot;
-use driftlock_fuzz::{adapters, body, coder, config, rewrite, score, session, snapshot, splits};
+use driftlock_fuzz::{adapters, body, coder, config, decode, rewrite, score, session, snapshot, splits};
 use proptest::prelude::*;
 
 const JSON: &[&[u8]] = &[
@@ -273,6 +273,11 @@ proptest! {
     fn snapshots(mode in 0u8..4, mutations in prop::collection::vec(any::<[u8; 4]>(), 0..8), noise in prop::collection::vec(any::<u8>(), 0..200)) {
         let data = if mode < 2 { [vec![mode], noise].concat() } else { [vec![mode], mutations.concat()].concat() };
         snapshot::holds(&data);
+    }
+
+    #[test]
+    fn decoding(head in any::<[u8; 4]>(), cuts in cuts(), damage in any::<[u8; 11]>(), text in fragments(JSON, 30)) {
+        decode::holds(&[&head[..], &cuts, &damage, &text].concat());
     }
 
     #[test]

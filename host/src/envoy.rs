@@ -10,7 +10,8 @@
 //! here blocks for a few milliseconds of loopback traffic; in async code use `spawn_blocking` for
 //! [`Envoy::start`] and [`Envoy::stop`].
 //!
-//! Left out on purpose: xDS, TLS, hot restart and more than one listener. `envoy/minimal.yaml` is
+//! Left out on purpose: xDS but for the listener as a file that [`Envoy::reconfigure`] replaces, TLS, hot
+//! restart and more than one listener. `envoy/minimal.yaml` is
 //! what an operator starts from; this is the same attachment with the knobs a test needs.
 
 use std::fmt;
@@ -136,6 +137,9 @@ pub struct EnvoyOptions {
     pub plugin_configuration: Vec<u8>,
     /// Where requests go.
     pub upstream: SocketAddr,
+    /// The listener comes from a file that [`Envoy::reconfigure`] replaces. A refused one then keeps Envoy
+    /// from becoming ready, where a static one ends it.
+    pub reconfigurable: bool,
     /// Worker threads, each with a VM of its own.
     pub concurrency: u32,
     /// `PluginConfig.allow_on_headers_stop_iteration`: whether the filter may hold headers and
@@ -163,6 +167,7 @@ impl EnvoyOptions {
             wasm,
             plugin_configuration: Vec::new(),
             upstream,
+            reconfigurable: false,
             concurrency: 1,
             allow_on_headers_stop_iteration: false,
             failure_policy: FailurePolicy::default(),
@@ -208,6 +213,7 @@ pub struct Envoy {
     listen: SocketAddr,
     admin: SocketAddr,
     access_log: PathBuf,
+    options: EnvoyOptions,
     // Holds the bootstrap, the log and, by default, the access log; removed when dropped.
     folder: tempfile::TempDir,
 }
@@ -242,7 +248,9 @@ impl Envoy {
             .map_err(file_error("create a folder in", &std::env::temp_dir()))?;
         let access_log = options.access_log.clone().unwrap_or_else(|| folder.path().join("access.jsonl"));
         let bootstrap_path = folder.path().join("bootstrap.json");
-        let bootstrap = bootstrap(options, &access_log).to_string();
+        let listener_path = folder.path().join(LISTENER_FILE);
+        write_listener(&listener_path, options, &access_log)?;
+        let bootstrap = bootstrap(options, &access_log, &listener_path).to_string();
         std::fs::write(&bootstrap_path, bootstrap).map_err(file_error("write", &bootstrap_path))?;
         let log_path = folder.path().join("envoy.log");
         let log = File::create(&log_path).map_err(file_error("create", &log_path))?;
@@ -263,8 +271,10 @@ impl Envoy {
             .map_err(|source| EnvoyError::Spawn { binary: options.binary.clone(), source })?;
         // From here on dropping the value kills the child; the addresses are filled in below.
         let unknown = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut envoy = Self { child, listen: unknown, admin: unknown, access_log, folder };
-        envoy.wait_until_ready(&admin_path, options.start_deadline)?;
+        let options = options.clone();
+        let deadline = options.start_deadline;
+        let mut envoy = Self { child, listen: unknown, admin: unknown, access_log, options, folder };
+        envoy.wait_until_ready(&admin_path, deadline)?;
         Ok(envoy)
     }
 
@@ -284,6 +294,37 @@ impl Envoy {
             }
             sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Gives the filter another plugin configuration while traffic flows, and waits until Envoy has taken
+    /// or refused it. Exchanges under way end as they began; a refused one changes nothing.
+    ///
+    /// # Errors
+    /// [`EnvoyError::NotReady`] with Envoy's words if it refuses it, [`EnvoyError::File`],
+    /// [`EnvoyError::Admin`].
+    pub fn reconfigure(&mut self, plugin_configuration: Vec<u8>) -> Result<(), EnvoyError> {
+        let before = self.listener_updates()?;
+        self.options.plugin_configuration = plugin_configuration;
+        write_listener(&self.folder.path().join(LISTENER_FILE), &self.options, &self.access_log)?;
+        let started = Instant::now();
+        loop {
+            let (taken, refused) = self.listener_updates()?;
+            if taken > before.0 {
+                return Ok(());
+            }
+            if refused > before.1 || started.elapsed() > self.options.start_deadline {
+                let waited_ms = started.elapsed().as_millis();
+                return Err(EnvoyError::NotReady { waited_ms, log: self.log_tail() });
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// How often the listener's file was taken, and refused.
+    fn listener_updates(&self) -> Result<(u64, u64), EnvoyError> {
+        let stats = self.stats()?;
+        let of = |wanted: &str| stats.iter().find(|(name, _)| name == wanted).map_or(0, |(_, value)| *value);
+        Ok((of("listener_manager.lds.update_success"), of("listener_manager.lds.update_rejected")))
     }
 
     /// Where clients connect.
@@ -450,10 +491,26 @@ fn access_log_format() -> Value {
     })
 }
 
-/// The whole bootstrap. Envoy adds and rewrites as few headers as it can be told to, so that the
+/// The listener, as a file that Envoy watches.
+const LISTENER_FILE: &str = "listener.json";
+
+/// Replaces the listener's file at once: Envoy reads it when it is moved there.
+fn write_listener(path: &Path, options: &EnvoyOptions, access_log: &Path) -> Result<(), EnvoyError> {
+    let failed = |source| EnvoyError::File { action: "write", path: path.to_owned(), source };
+    let new = path.with_extension("new");
+    let mut listener = listener(options, access_log);
+    listener["@type"] = json!("type.googleapis.com/envoy.config.listener.v3.Listener");
+    std::fs::write(&new, json!({"resources": [listener]}).to_string()).map_err(failed)?;
+    std::fs::rename(&new, path).map_err(failed)
+}
+
+fn loopback_any_port() -> Value {
+    json!({"socket_address": {"address": "127.0.0.1", "port_value": 0}})
+}
+
+/// The listener with the filter. Envoy adds and rewrites as few headers as it can be told to, so that the
 /// filter sees a message as the client and the upstream sent it.
-fn bootstrap(options: &EnvoyOptions, access_log: &Path) -> Value {
-    let loopback_any_port = json!({"socket_address": {"address": "127.0.0.1", "port_value": 0}});
+fn listener(options: &EnvoyOptions, access_log: &Path) -> Value {
     let http1 = json!({"enable_trailers": options.trailers});
     let many_headers = json!({"max_headers_count": 1000});
     let plugin_configuration = match std::str::from_utf8(&options.plugin_configuration) {
@@ -511,42 +568,63 @@ fn bootstrap(options: &EnvoyOptions, access_log: &Path) -> Value {
     });
     let mut listener = json!({
         "name": "driftlock",
-        "address": loopback_any_port,
+        "address": loopback_any_port(),
         "filter_chains": [{"filters": [{
             "name": "envoy.filters.network.http_connection_manager",
             "typed_config": connection_manager,
         }]}],
     });
-    let cluster_of = |name: &str, address: SocketAddr, protocol: Value| {
-        json!({
-            "name": name,
-            "type": "STATIC",
-            "connect_timeout": "5s",
-            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {
-                "socket_address": {"address": address.ip().to_string(), "port_value": address.port()},
-            }}}]}]},
-            "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-                "common_http_protocol_options": many_headers,
-                "explicit_http_config": protocol,
-            }},
-        })
-    };
-    let http1_only = json!({"http_protocol_options": http1});
-    let mut cluster = cluster_of("upstream", options.upstream, http1_only.clone());
     if let Some(limit) = options.buffer_limit_bytes {
         listener["per_connection_buffer_limit_bytes"] = json!(limit);
+    }
+    listener
+}
+
+fn cluster(name: &str, address: SocketAddr, http2: bool, options: &EnvoyOptions) -> Value {
+    let protocol = if http2 {
+        json!({"http2_protocol_options": {}})
+    } else {
+        json!({"http_protocol_options": {"enable_trailers": options.trailers}})
+    };
+    let many_headers = json!({"max_headers_count": 1000});
+    let mut cluster = json!({
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {
+            "socket_address": {"address": address.ip().to_string(), "port_value": address.port()},
+        }}}]}]},
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+            "common_http_protocol_options": many_headers,
+            "explicit_http_config": protocol,
+        }},
+    });
+    if let Some(limit) = options.buffer_limit_bytes {
         cluster["per_connection_buffer_limit_bytes"] = json!(limit);
     }
-    let mut clusters = vec![cluster];
-    for (name, address, http2) in &options.callout_clusters {
-        let protocol = if *http2 { json!({"http2_protocol_options": {}}) } else { http1_only.clone() };
-        clusters.push(cluster_of(name, *address, protocol));
+    cluster
+}
+
+/// The whole bootstrap.
+fn bootstrap(options: &EnvoyOptions, access_log: &Path, listener_path: &Path) -> Value {
+    let callouts = options.callout_clusters.iter();
+    let callouts = callouts.map(|(name, address, http2)| cluster(name, *address, *http2, options));
+    let clusters: Vec<Value> =
+        std::iter::once(cluster("upstream", options.upstream, false, options)).chain(callouts).collect();
+    let mut bootstrap = json!({
+        "admin": {"address": loopback_any_port()},
+        // Names this proxy to the filter.
+        "node": {"id": "driftlock", "cluster": "driftlock"},
+        "static_resources": {"clusters": clusters},
+    });
+    if options.reconfigurable {
+        bootstrap["dynamic_resources"] =
+            json!({"lds_config": {"path_config_source": {"path": listener_path}}});
+    } else {
+        bootstrap["static_resources"]["listeners"] = json!([listener(options, access_log)]);
     }
-    json!({
-        "admin": {"address": loopback_any_port},
-        "static_resources": {"listeners": [listener], "clusters": clusters},
-    })
+    bootstrap
 }
 
 #[cfg(test)]
@@ -596,8 +674,12 @@ mod tests {
         options.buffer_limit_bytes = Some(4096);
         options.trailers = true;
         options.callout_clusters = vec![("auth".into(), SocketAddr::from(([127, 0, 0, 1], 9876)), true)];
-        let text = bootstrap(&options, Path::new("log")).to_string();
+        let whole =
+            |options: &EnvoyOptions| bootstrap(options, Path::new("log"), Path::new("lds")).to_string();
+        let text = whole(&options);
         for part in [
+            r#""port_value":9876"#,
+            r#""http2_protocol_options":{}"#,
             r#""port_value":4321"#,
             r#""value":"{\"a\":1}""#,
             r#""allow_on_headers_stop_iteration":true"#,
@@ -605,13 +687,14 @@ mod tests {
             r#""per_connection_buffer_limit_bytes":4096"#,
             r#""enable_trailers":true"#,
             r#""filename":"f.wasm""#,
-            r#""port_value":9876"#,
-            r#""http2_protocol_options":{}"#,
         ] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
         options.plugin_configuration = vec![0xff, 0];
-        let text = bootstrap(&options, Path::new("log")).to_string();
+        options.reconfigurable = true;
+        assert!(whole(&options).contains(r#""path":"lds""#) && !whole(&options).contains("f.wasm"));
+        options.reconfigurable = false;
+        let text = whole(&options);
         assert!(text.contains(r#"BytesValue","value":"/wA=""#), "{text}");
     }
 }

@@ -1,5 +1,6 @@
 //! The native side of Driftlock.
 pub mod abi;
+pub mod aggregate;
 pub mod capture;
 pub mod demo;
 pub mod envoy;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use driftlock_host::{capture, demo, eval, explain, gateway, replay, synth, train, units};
+use driftlock_host::{aggregate, capture, demo, eval, explain, gateway, replay, synth, train, units};
 use tracing_subscriber::EnvFilter;
 
 /// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
@@ -30,6 +30,8 @@ enum Command {
     Units(units::Args),
     /// Run a reverse proxy with the filter in front of an upstream.
     Gateway(gateway::Args),
+    /// Serve baselines to filters and take their observations.
+    Serve(aggregate::Args),
     /// Measure detection on labelled captures, by the published protocol.
     Eval(eval::Args),
     /// Generate an LLM gateway's traffic, with labelled anomalies.
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
         Command::Units(args) => units::run(&args).map_err(anyhow::Error::from),
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
+        Command::Serve(args) => aggregate::run(&args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
         Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
         Command::Score(args) => synth::score::run(&args).map_err(anyhow::Error::from),

@@ -8,6 +8,7 @@
 //!
 //! Left out on purpose: defaults that depend on traffic. Every default is a constant here.
 
+use alloc::borrow::Cow;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -177,15 +178,20 @@ pub enum ConfigError {
     Name(String),
 }
 
+/// A text that stays where it is, if it is written without escapes: a baseline may have megabytes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Document {
+struct Document<'a> {
     name: String,
     alpha: f64,
     /// Absent: learn if there is no baseline. Null: never.
     #[serde(deserialize_with = "present")]
     learn: Option<Option<Learn>>,
-    baseline: Option<String>,
+    #[serde(borrow)]
+    baseline: Option<Text<'a>>,
     share: bool,
     pull: Option<PullText>,
     observations: Option<PostText>,
@@ -289,7 +295,7 @@ struct Limits {
     max_learned_unit_bytes: usize,
 }
 
-impl Default for Document {
+impl Default for Document<'_> {
     fn default() -> Self {
         Self {
             name: "default".to_string(),
@@ -429,7 +435,7 @@ impl PostText {
     }
 }
 
-impl Document {
+impl Document<'_> {
     fn check(self) -> Result<Config, ConfigError> {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         if self.name.is_empty() || self.name.len() > 64 || !self.name.bytes().all(plain) {
@@ -460,7 +466,7 @@ impl Document {
             None => None,
         };
         let snapshot = match &self.baseline {
-            Some(text) => {
+            Some(Text(text)) => {
                 let bytes: Vec<u8> =
                     STANDARD.decode(text.trim()).map_err(|error| ConfigError::Base64(error.to_string()))?;
                 Snapshot::decode(&bytes).map_err(ConfigError::Baseline)?
