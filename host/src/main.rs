@@ -32,6 +32,9 @@ enum Command {
     Gateway(gateway::Args),
     /// Serve baselines to filters and take their observations.
     Serve(aggregate::Args),
+    /// Measure speed, with what it is compared to in the same run.
+    #[command(subcommand)]
+    Bench(Bench),
     /// Measure detection on labelled captures, by the published protocol.
     Eval(eval::Args),
     /// Generate an LLM gateway's traffic, with labelled anomalies.
@@ -40,6 +43,12 @@ enum Command {
     Score(synth::score::Args),
     /// Generate, train, inspect, report: the whole path in one command.
     Demo(demo::Args),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// The gateway beside a real Envoy with the same filter.
+    Gateway(gateway::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +66,7 @@ fn main() -> ExitCode {
         Command::Units(args) => units::run(&args).map_err(anyhow::Error::from),
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
         Command::Serve(args) => aggregate::run(&args).map_err(anyhow::Error::from),
+        Command::Bench(Bench::Gateway(args)) => gateway::bench::run(&args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
         Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
         Command::Score(args) => synth::score::run(&args).map_err(anyhow::Error::from),

@@ -1,4 +1,4 @@
-//! Developer tasks: `cargo xtask build | demo | envoy | test | tidy`.
+//! Developer tasks: `cargo xtask build | clients | demo | envoy | test | tidy`.
 //!
 //! They are Rust, so that neither make nor a shell is needed, and they use the standard library
 //! alone, so that the first `cargo xtask` of a fresh clone starts after a second of compiling.
@@ -7,9 +7,11 @@
 //! Left out on purpose: releasing and publishing.
 
 mod build;
+mod clients;
 mod command;
 mod debian;
 mod envoy;
+mod python;
 mod test;
 mod tidy;
 
@@ -20,6 +22,7 @@ use command::{Failure, Workspace};
 const USAGE: &str = "cargo xtask TASK
 
   build              the filter and the driftlock binary, into dist/
+  clients            install the clients of the tests into target/clients (openai, websockets)
   demo [ARGS]        build, then `driftlock demo ARGS`; with --envoy through a real Envoy
   envoy              install Envoy into target/envoy (a Python virtual environment)
   test               everything: style, lints, bare-metal builds, tests, tests with Envoy
@@ -48,6 +51,8 @@ fn run(arguments: &[String]) -> Result<(), Failure> {
     let workspace = Workspace::find()?;
     match task {
         "build" => build::build(&workspace).map(|_| ()),
+        "clients" => clients::install(&workspace)
+            .map(|python| println!("a Python with the clients: {}", python.display())),
         "demo" => build::demo(&workspace, rest),
         "envoy" => envoy::install(&workspace).map(|binary| println!("Envoy: {}", binary.display())),
         "test" => test::test(&workspace),

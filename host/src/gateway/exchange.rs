@@ -14,9 +14,11 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use super::Shared;
 use super::access_log::AccessRecord;
-use super::filter::{Direction, FilterError, HeaderPairs, HttpFilter, LocalReply, Release, Step};
-use super::{FailurePolicy, Shared};
+use super::chain::{Chain, Passed};
+use super::filter::{Direction, HeaderPairs, LocalReply, Release, Step};
+use super::generation::Terms;
 
 /// Something one direction's body asks of the request handler, which may be waiting for the
 /// upstream at that moment.
@@ -28,12 +30,16 @@ pub(super) enum Signal {
     Close,
     /// The filter is broken and the policy is fail-closed.
     FilterFailed,
+    /// The request's body is over the limit.
+    BodyTooLarge,
     /// The client stopped sending in the middle of its body.
     ClientStalled,
     /// The client's connection broke while it was sending.
     ClientGone,
     /// The filter held a message for longer than the upstream time-out.
     HeldTooLong,
+    /// The response's body is over the limit, and its headers are still held.
+    UpstreamTooLarge,
     /// The upstream stopped in the middle of a response whose headers the filter still holds.
     UpstreamStalled,
     /// The upstream's connection broke in the middle of such a response.
@@ -50,11 +56,7 @@ pub(super) struct RequestProgress {
 }
 
 struct Inner {
-    filter: Option<Box<dyn HttpFilter>>,
-    /// A filter that failed open: asked only for what it still holds.
-    failed_open: Option<Box<dyn HttpFilter>>,
-    /// By direction: what `failed_open` held was taken.
-    salvaged: [bool; 2],
+    chain: Chain,
     response_seen: bool,
     signal: Option<Signal>,
     response_started: bool,
@@ -64,7 +66,8 @@ struct Inner {
     request_waker: Option<Waker>,
     response_waker: Option<Waker>,
     progress: RequestProgress,
-    record: AccessRecord,
+    /// Until the exchange is over.
+    record: Option<AccessRecord>,
 }
 
 impl Inner {
@@ -78,17 +81,12 @@ impl Inner {
         self.aborted.get_or_insert(reason);
         self.wake();
     }
-}
 
-/// Lets a piece go by a filter that is not there, after whatever a filter that failed open held.
-fn bypass(inner: &mut Inner, direction: Direction, piece: Release) -> Outcome {
-    let salvaged = std::mem::replace(&mut inner.salvaged[direction as usize], true);
-    let mut all = match &mut inner.failed_open {
-        Some(filter) if !salvaged => filter.take_held(direction),
-        _ => Release::default(),
-    };
-    all.append(piece);
-    Outcome::Bypass(all)
+    fn edit_record(&mut self, edit: impl FnOnce(&mut AccessRecord)) {
+        if let Some(record) = &mut self.record {
+            edit(record);
+        }
+    }
 }
 
 /// State of one exchange, shared by its two directions.
@@ -97,27 +95,27 @@ pub(super) struct Exchange {
     /// Tells the request handler that `signal` is set.
     pub(super) signalled: Notify,
     pub(super) shared: Arc<Shared>,
+    /// The times and limits it goes by.
+    pub(super) terms: Terms,
     started: Instant,
 }
 
-/// What became of a filter call.
+/// What became of a piece.
 pub(super) enum Outcome {
-    /// Act on the step.
-    Step(Step),
-    /// There is no filter: pass this on.
-    Bypass(Release),
+    /// Send this on; whether to read more.
+    Forward(Release, bool),
+    /// The filters keep it; whether to read more.
+    Hold(bool),
     /// The exchange was interrupted; the handler knows why.
     Interrupted,
 }
 
 impl Exchange {
-    pub(super) fn new(shared: Arc<Shared>, record: AccessRecord) -> Arc<Self> {
+    pub(super) fn new(shared: Arc<Shared>, terms: Terms, record: AccessRecord) -> Arc<Self> {
         let started = Instant::now();
         Arc::new(Self {
             inner: Mutex::new(Inner {
-                filter: None,
-                failed_open: None,
-                salvaged: [false; 2],
+                chain: Chain::default(),
                 response_seen: false,
                 signal: None,
                 response_started: false,
@@ -126,10 +124,11 @@ impl Exchange {
                 request_waker: None,
                 response_waker: None,
                 progress: RequestProgress { at: started, awaits_client: true },
-                record,
+                record: Some(record),
             }),
             signalled: Notify::new(),
             shared,
+            terms,
             started,
         })
     }
@@ -139,111 +138,62 @@ impl Exchange {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set_filter(&self, filter: Box<dyn HttpFilter>) {
-        self.lock().filter = Some(filter);
+    pub(super) fn set_chain(&self, chain: Chain) {
+        self.lock().chain = chain;
     }
 
     pub(super) fn on_headers(&self, direction: Direction, headers: HeaderPairs, end: bool) -> Outcome {
         let mut inner = self.lock();
         inner.response_seen |= direction == Direction::Response;
-        match &mut inner.filter {
-            Some(filter) => {
-                let result = filter.headers(direction, headers, end);
-                self.settle(inner, direction, result)
-            }
-            None => bypass(&mut inner, direction, Release { headers: Some(headers), ..Release::default() }),
-        }
+        let passed = inner.chain.headers(direction, headers, end);
+        self.settle(&mut inner, passed)
     }
 
     pub(super) fn on_body(&self, direction: Direction, body: Bytes, end: bool) -> Outcome {
         let mut inner = self.lock();
-        match &mut inner.filter {
-            Some(filter) => {
-                let result = filter.body(direction, body, end);
-                self.settle(inner, direction, result)
-            }
-            None => bypass(&mut inner, direction, Release { body, ..Release::default() }),
-        }
+        let passed = inner.chain.body(direction, body, end);
+        self.settle(&mut inner, passed)
     }
 
     pub(super) fn on_trailers(&self, direction: Direction, trailers: HeaderPairs) -> Outcome {
         let mut inner = self.lock();
-        match &mut inner.filter {
-            Some(filter) => {
-                let result = filter.trailers(direction, trailers);
-                self.settle(inner, direction, result)
-            }
-            None => bypass(&mut inner, direction, Release { trailers: Some(trailers), ..Release::default() }),
-        }
+        let passed = inner.chain.trailers(direction, trailers);
+        self.settle(&mut inner, passed)
     }
 
-    /// What the filter has for `direction` unasked.
+    /// What the filters have for `direction` unasked.
     pub(super) fn poll_resumed(&self, direction: Direction, cx: &mut Context<'_>) -> Poll<Outcome> {
         let mut inner = self.lock();
-        if let Some(filter) = &mut inner.filter {
-            return match filter.poll_resumed(direction, cx) {
-                Poll::Ready(result) => Poll::Ready(self.settle(inner, direction, result)),
-                Poll::Pending => Poll::Pending,
-            };
-        }
-        if inner.failed_open.is_some() && !inner.salvaged[direction as usize] {
-            return Poll::Ready(bypass(&mut inner, direction, Release::default()));
-        }
-        Poll::Pending
+        inner.chain.poll_resumed(direction, cx).map(|passed| self.settle(&mut inner, passed))
     }
 
-    /// Ready with nothing once a signal is set by the filter on its own.
+    /// Ready with nothing once a signal is set by a filter on its own.
     pub(super) fn poll_interrupted(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut inner = self.lock();
-        let Some(filter) = &mut inner.filter else { return Poll::Pending };
-        match filter.poll_interrupted(cx) {
-            Poll::Ready(Ok(step)) => {
-                self.settle(inner, Direction::Request, Ok(step));
-            }
-            Poll::Ready(Err(error)) => self.failed(&mut inner, &error),
-            Poll::Pending => return Poll::Pending,
-        }
-        Poll::Ready(())
+        inner.chain.poll_interrupted(cx).map(|passed| {
+            self.settle(&mut inner, passed);
+        })
     }
 
-    fn settle(
-        &self,
-        mut inner: MutexGuard<'_, Inner>,
-        direction: Direction,
-        result: Result<Step, FilterError>,
-    ) -> Outcome {
-        match result {
-            Ok(Step::Reply(reply)) => {
-                self.interrupt_locked(&mut inner, Signal::Reply(reply), "filter_reply_after_response_start");
+    fn settle(&self, inner: &mut Inner, passed: Passed) -> Outcome {
+        for failure in inner.chain.take_failures() {
+            self.shared.counters.filter_failures.increment();
+            inner.edit_record(|record| record.filter_failed = true);
+            let (filter, error, policy) = (&*failure.filter, failure.error, failure.policy);
+            tracing::warn!(target: "driftlock::gateway", filter, %error, ?policy, "filter failed");
+            // The other direction may sit in a hold that nobody else will end.
+            inner.wake();
+        }
+        match passed {
+            Passed::Forward(release, reads_on) => return Outcome::Forward(release, reads_on),
+            Passed::Hold(reads_on) => return Outcome::Hold(reads_on),
+            Passed::End(Step::Reply(reply)) => {
+                self.interrupt_locked(inner, Signal::Reply(reply), "filter_reply_after_response_start");
             }
-            Ok(Step::Close) => self.interrupt_locked(&mut inner, Signal::Close, "filter_close"),
-            Ok(step) => return Outcome::Step(step),
-            Err(error) => {
-                self.failed(&mut inner, &error);
-                if inner.failed_open.is_some() {
-                    return bypass(&mut inner, direction, Release::default());
-                }
-            }
+            Passed::End(_) => self.interrupt_locked(inner, Signal::Close, "filter_close"),
+            Passed::Broken => self.interrupt_locked(inner, Signal::FilterFailed, "filter_failed"),
         }
         Outcome::Interrupted
-    }
-
-    fn failed(&self, inner: &mut Inner, error: &FilterError) {
-        self.shared.counters.filter_failures.increment();
-        tracing::warn!(target: "driftlock::gateway", %error, policy = ?self.shared.failure_policy, "filter failed");
-        inner.record.filter_failed = true;
-        let Some(broken) = inner.filter.take() else { return };
-        match self.shared.failure_policy {
-            FailurePolicy::FailOpen => {
-                inner.failed_open = Some(broken);
-                // A direction may sit in a hold that nobody else will end.
-                inner.wake();
-            }
-            FailurePolicy::FailClosed => {
-                inner.record.filter_state = broken.finish();
-                self.interrupt_locked(inner, Signal::FilterFailed, "filter_failed");
-            }
-        }
     }
 
     /// Hands `signal` to the request handler; once the response is under way, aborts instead.
@@ -281,7 +231,7 @@ impl Exchange {
             return Err(signal);
         }
         inner.response_started = true;
-        inner.record.status = Some(status);
+        inner.edit_record(|record| record.status = Some(status));
         Ok(())
     }
 
@@ -319,7 +269,7 @@ impl Exchange {
     }
 
     pub(super) fn edit_record(&self, edit: impl FnOnce(&mut AccessRecord)) {
-        edit(&mut self.lock().record);
+        self.lock().edit_record(edit);
     }
 
     fn finish(&self, otherwise: &'static str) {
@@ -329,17 +279,11 @@ impl Exchange {
         }
         inner.finished = true;
         let request_waker = inner.request_waker.take();
-        let filter = inner.filter.take();
-        let failed_open = inner.failed_open.take();
-        let mut record = inner.record.clone();
+        let chain = std::mem::take(&mut inner.chain);
+        let Some(mut record) = inner.record.take() else { return };
         let aborted = inner.aborted;
         drop(inner);
-        if let Some(filter) = filter {
-            record.filter_state = filter.finish();
-        }
-        if let Some(filter) = failed_open {
-            filter.finish();
-        }
+        record.filter_state = chain.finish();
         if let Some(waker) = request_waker {
             waker.wake();
         }

@@ -8,7 +8,7 @@
 //! Every call is synchronous and short (microseconds): a filter that has to wait answers
 //! [`Step::Hold`] and wakes the gateway through [`HttpFilter::poll_resumed`].
 //!
-//! Left out on purpose: chains. A chain is itself a filter and belongs to whoever needs one.
+//! Several filters of one exchange are joined in [`super::chain`], which none of them sees.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -41,6 +41,10 @@ pub struct ConnectionInfo {
     pub peer: SocketAddr,
     /// The address the client connected to.
     pub local: SocketAddr,
+    /// Whether the client speaks TLS.
+    pub tls: bool,
+    /// `HTTP/1.1`, `HTTP/2` or `HTTP/1.0`, of this request.
+    pub protocol: &'static str,
 }
 
 /// What is to happen after the filter has seen a piece of the exchange.
@@ -175,6 +179,8 @@ pub trait FilterFactory: Send + Sync {
         true
     }
 
-    /// Appends the filter's own metrics in the Prometheus text format.
-    fn write_metrics(&self, _out: &mut String) {}
+    /// How many VMs, or whatever takes exchanges, are ready.
+    fn vms_ready(&self) -> u64 {
+        u64::from(self.ready())
+    }
 }

@@ -9,12 +9,17 @@
 //! allows.
 
 use http::header::{
-    self, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING,
+    self, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE,
+    TRANSFER_ENCODING, UPGRADE,
 };
-use http::uri::PathAndQuery;
-use http::{Method, StatusCode, Uri, request, response};
+use http::uri::{Authority, PathAndQuery};
+use http::{Method, StatusCode, Uri, Version, request, response};
 
+use super::config::HostHeader;
 use super::filter::HeaderPairs;
+use super::generation::Route;
+use super::plan::rewritten;
+use super::tunnel::Leaving;
 
 /// Fields that belong to one connection. `te` and `trailer` are handled apart: the gateway passes
 /// trailers on, so it says so itself.
@@ -81,30 +86,58 @@ fn push_fields(pairs: &mut HeaderPairs, headers: &HeaderMap) {
     );
 }
 
-/// The request as the filter sees it. `None`: no authority is known (HTTP/1.1 requires Host).
-pub(super) fn request_pairs(head: &mut request::Parts) -> Option<HeaderPairs> {
+/// Whom the request is for. In absolute form, and in HTTP/2, the URI's authority wins over Host (RFC
+/// 9112 section 3.2.2). `None`: no authority is known (HTTP/1.1 requires Host).
+pub(super) fn authority(head: &request::Parts) -> Option<&str> {
+    match head.uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => head.headers.get(HOST)?.to_str().ok(),
+    }
+}
+
+/// The request as the filter sees it. `None`: no authority is known.
+pub(super) fn request_pairs(
+    head: &mut request::Parts,
+    https: bool,
+    leaving: Option<&Leaving>,
+) -> Option<HeaderPairs> {
     let trailers = accepts_trailers(&head.headers);
-    // In absolute form the URI's authority wins over Host (RFC 9112 section 3.2.2).
-    let authority = match head.uri.authority() {
-        Some(authority) => authority.as_str().as_bytes().to_vec(),
-        None => head.headers.get(HOST)?.as_bytes().to_vec(),
-    };
+    let authority = authority(head)?.as_bytes().to_vec();
     strip_hop_by_hop(&mut head.headers);
-    let path = head.uri.path_and_query().map_or("/", PathAndQuery::as_str);
-    let mut pairs: HeaderPairs = Vec::with_capacity(head.headers.len() + 4);
+    let mut pairs: HeaderPairs = Vec::with_capacity(head.headers.len() + 6);
     pairs.push((b":authority".to_vec(), authority));
-    pairs.push((b":path".to_vec(), path.as_bytes().to_vec()));
+    if leaving != Some(&Leaving::Connect) {
+        let path = head.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+        pairs.push((b":path".to_vec(), path.as_bytes().to_vec()));
+    }
     pairs.push((b":method".to_vec(), head.method.as_str().as_bytes().to_vec()));
-    pairs.push((b":scheme".to_vec(), b"http".to_vec()));
-    // hyper answers `expect: 100-continue` itself when the body is first read.
-    pairs.extend(
-        head.headers
-            .iter()
-            .filter(|(name, _)| *name != HOST && *name != EXPECT)
-            .map(|(name, value)| (name.as_str().as_bytes().to_vec(), value.as_bytes().to_vec())),
-    );
+    pairs.push((b":scheme".to_vec(), if https { b"https".to_vec() } else { b"http".to_vec() }));
+    // HTTP/2 clients may cut one cookie field into many (RFC 9113 section 8.2.3).
+    let whole_cookie = head.version == Version::HTTP_2;
+    let mut cookie: Option<usize> = None;
+    for (name, value) in &head.headers {
+        // hyper answers `expect: 100-continue` itself when the body is first read.
+        if *name == HOST || *name == EXPECT {
+            continue;
+        }
+        if whole_cookie && *name == COOKIE {
+            match cookie.and_then(|at| pairs.get_mut(at)) {
+                Some((_, all)) => {
+                    all.extend_from_slice(b"; ");
+                    all.extend_from_slice(value.as_bytes());
+                    continue;
+                }
+                None => cookie = Some(pairs.len()),
+            }
+        }
+        pairs.push((name.as_str().as_bytes().to_vec(), value.as_bytes().to_vec()));
+    }
     if trailers {
         pairs.push((b"te".to_vec(), b"trailers".to_vec()));
+    }
+    if leaving == Some(&Leaving::Websocket) {
+        pairs.push((b"connection".to_vec(), b"Upgrade".to_vec()));
+        pairs.push((b"upgrade".to_vec(), b"websocket".to_vec()));
     }
     Some(pairs)
 }
@@ -133,6 +166,11 @@ pub(super) fn pseudo<'p>(pairs: &'p HeaderPairs, name: &str) -> Option<&'p [u8]>
 /// The fields among `pairs`, without pseudo-headers.
 pub(super) fn fields(pairs: &HeaderPairs) -> Result<HeaderMap, HeaderError> {
     let mut headers = HeaderMap::with_capacity(pairs.len());
+    put_fields(pairs, &mut headers)?;
+    Ok(headers)
+}
+
+fn put_fields(pairs: &HeaderPairs, headers: &mut HeaderMap) -> Result<(), HeaderError> {
     for (name, value) in pairs {
         if name.first() == Some(&b':') {
             continue;
@@ -144,49 +182,103 @@ pub(super) fn fields(pairs: &HeaderPairs) -> Result<HeaderMap, HeaderError> {
             headers.append(name, value);
         }
     }
-    Ok(headers)
+    Ok(())
 }
 
-/// The request to send to `upstream`, without its body.
-pub(super) fn request_head(pairs: &HeaderPairs, upstream: &Uri) -> Result<http::Request<()>, HeaderError> {
+/// The request to send to a route's upstream, in HTTP/1.1's form and without its body.
+pub(super) fn request_head(
+    pairs: &HeaderPairs,
+    route: &Route,
+    leaving: Option<&Leaving>,
+) -> Result<http::Request<()>, HeaderError> {
     let method = pseudo(pairs, ":method")
         .and_then(|method| Method::from_bytes(method).ok())
         .ok_or(HeaderError::Pseudo(":method"))?;
-    let path = pseudo(pairs, ":path")
-        .and_then(|path| PathAndQuery::try_from(path).ok())
-        .ok_or(HeaderError::Pseudo(":path"))?;
-    let authority = pseudo(pairs, ":authority")
-        .and_then(|authority| HeaderValue::from_bytes(authority).ok())
-        .ok_or(HeaderError::Pseudo(":authority"))?;
-    let mut uri = upstream.clone().into_parts();
-    uri.path_and_query = Some(path);
+    let authority = pseudo(pairs, ":authority").ok_or(HeaderError::Pseudo(":authority"))?;
+    let upstream = &route.upstream.plan;
+    let own_name = match route.plan.host {
+        HostHeader::Auto => upstream.tls.is_some(),
+        HostHeader::Client => false,
+        HostHeader::Upstream => true,
+    };
+    let host = if own_name && leaving != Some(&Leaving::Connect) {
+        upstream.authority.clone()
+    } else {
+        HeaderValue::from_bytes(authority).map_err(|_| HeaderError::Pseudo(":authority"))?
+    };
+    let uri = if leaving == Some(&Leaving::Connect) {
+        Authority::try_from(authority).map(Uri::from).map_err(|_| HeaderError::Pseudo(":authority"))?
+    } else {
+        let path = pseudo(pairs, ":path").ok_or(HeaderError::Pseudo(":path"))?;
+        origin_form(path, route).ok_or(HeaderError::Pseudo(":path"))?
+    };
     let mut request = http::Request::new(());
     *request.method_mut() = method;
-    *request.uri_mut() = Uri::from_parts(uri).map_err(|_| HeaderError::Pseudo(":path"))?;
-    let mut headers = HeaderMap::with_capacity(pairs.len());
-    headers.insert(HOST, authority);
-    let rest = fields(pairs)?;
-    for (name, value) in rest.iter() {
-        headers.append(name.clone(), value.clone());
-    }
+    *request.uri_mut() = uri;
+    let headers = request.headers_mut();
+    headers.reserve(pairs.len());
+    headers.insert(HOST, host);
+    put_fields(pairs, headers)?;
     if pairs.iter().any(|(name, value)| name == b"te" && value == b"trailers") {
         headers.insert(TE, HeaderValue::from_static("trailers"));
         // RFC 9110 section 10.1.4: whoever sends TE names it in Connection.
         headers.insert(CONNECTION, HeaderValue::from_static("te"));
     }
-    *request.headers_mut() = headers;
+    if leaving == Some(&Leaving::Websocket) {
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    }
     Ok(request)
 }
 
+/// A request that a filter makes, in HTTP/1.1's form and without its body.
+pub(super) fn call_head(pairs: &HeaderPairs) -> Result<http::Request<()>, HeaderError> {
+    let part = |name| pseudo(pairs, name).ok_or(HeaderError::Pseudo(name));
+    let mut request = http::Request::new(());
+    *request.method_mut() =
+        Method::from_bytes(part(":method")?).map_err(|_| HeaderError::Pseudo(":method"))?;
+    let path = PathAndQuery::try_from(part(":path")?).map_err(|_| HeaderError::Pseudo(":path"))?;
+    *request.uri_mut() = Uri::from(path);
+    let authority =
+        HeaderValue::from_bytes(part(":authority")?).map_err(|_| HeaderError::Pseudo(":authority"))?;
+    request.headers_mut().insert(HOST, authority);
+    put_fields(pairs, request.headers_mut())?;
+    Ok(request)
+}
+
+fn origin_form(path: &[u8], route: &Route) -> Option<Uri> {
+    let plan = &route.plan;
+    let path = match (&plan.matches.path_prefix, &plan.rewrite_prefix) {
+        (Some(prefix), Some(replacement)) => {
+            PathAndQuery::try_from(rewritten(std::str::from_utf8(path).ok()?, prefix, replacement))
+        }
+        _ => PathAndQuery::try_from(path),
+    };
+    Some(Uri::from(path.ok()?))
+}
+
 /// The response to send to the client, without its body.
-pub(super) fn response_head(pairs: &HeaderPairs) -> Result<http::Response<()>, HeaderError> {
+pub(super) fn response_head(
+    pairs: &HeaderPairs,
+    leaving: Option<&Leaving>,
+) -> Result<http::Response<()>, HeaderError> {
+    let switching = StatusCode::SWITCHING_PROTOCOLS;
     let status = pseudo(pairs, ":status")
         .and_then(|status| StatusCode::from_bytes(status).ok())
-        .filter(|status| !status.is_informational())
+        .filter(|status| !status.is_informational() || (*status == switching && leaving.is_some()))
         .ok_or(HeaderError::Pseudo(":status"))?;
     let mut response = http::Response::new(());
     *response.status_mut() = status;
-    *response.headers_mut() = fields(pairs)?;
+    let headers = response.headers_mut();
+    headers.reserve(pairs.len());
+    put_fields(pairs, headers)?;
+    if leaving.is_some() && (status == switching || status.is_success()) {
+        headers.remove(CONTENT_LENGTH);
+    }
+    if status == switching {
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    }
     Ok(response)
 }
 
@@ -198,6 +290,9 @@ pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gateway::generation::Terms;
+    use crate::gateway::upstream::Upstream;
+    use crate::gateway::{FilterSource, GatewayOptions};
 
     fn request(fields: &[(&str, &str)]) -> request::Parts {
         let mut builder = http::Request::builder().method("POST").uri("/v1?x=1");
@@ -231,7 +326,7 @@ mod tests {
             ("trailer", "x-sum"),
         ]);
         assert_eq!(
-            text(&request_pairs(&mut head).expect("host is known")),
+            text(&request_pairs(&mut head, false, None).expect("host is known")),
             [
                 ":authority=a.example",
                 ":path=/v1?x=1",
@@ -249,7 +344,7 @@ mod tests {
     #[test]
     fn chunked_coding_overrides_a_content_length() {
         let mut head = request(&[("host", "a"), ("content-length", "5"), ("transfer-encoding", "chunked")]);
-        let pairs = request_pairs(&mut head).expect("host is known");
+        let pairs = request_pairs(&mut head, false, None).expect("host is known");
         assert!(!text(&pairs).iter().any(|pair| pair.starts_with("content-length")), "{pairs:?}");
     }
 
@@ -257,27 +352,41 @@ mod tests {
     fn absolute_form_wins_over_host() {
         let mut head = request(&[("host", "liar.example")]);
         head.uri = Uri::from_static("http://real.example/p");
-        let pairs = request_pairs(&mut head).expect("authority is known");
+        let pairs = request_pairs(&mut head, false, None).expect("authority is known");
         assert_eq!(pseudo(&pairs, ":authority"), Some(b"real.example".as_slice()));
         assert_eq!(pseudo(&pairs, ":path"), Some(b"/p".as_slice()));
     }
 
-    #[test]
-    fn what_the_filter_cannot_send_is_refused_by_name() {
-        let upstream = Uri::from_static("http://127.0.0.1:1");
+    #[tokio::test]
+    async fn what_the_filter_cannot_send_is_refused_by_name() {
+        let options = GatewayOptions::new(Uri::from_static("http://127.0.0.1:1"), FilterSource::None);
+        let mut plan = options.plan().expect("a plan");
+        let long = std::time::Duration::from_secs(60);
+        let route = Route {
+            upstream: Upstream::new(plan.upstreams.remove(0)),
+            plan: plan.routes.remove(0),
+            filters: Vec::new(),
+            terms: Terms {
+                client_timeout: long,
+                upstream_timeout: long,
+                tunnel_idle_timeout: long,
+                request_body_bytes: 0,
+                response_body_bytes: 0,
+            },
+        };
         let mut pairs: HeaderPairs = [(":method", "GET"), (":path", "/"), (":authority", "a")]
             .iter()
             .map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec()))
             .collect();
-        assert!(request_head(&pairs, &upstream).is_ok());
+        assert!(request_head(&pairs, &route, None).is_ok());
         pairs.push((b"x-split".to_vec(), b"a\r\nb: c".to_vec()));
         assert_eq!(
-            request_head(&pairs, &upstream).map(|_| ()),
+            request_head(&pairs, &route, None).map(|_| ()),
             Err(HeaderError::Field("x-split".to_owned()))
         );
         pairs.pop();
         pairs[1].1 = b"/has space".to_vec();
-        assert_eq!(request_head(&pairs, &upstream).map(|_| ()), Err(HeaderError::Pseudo(":path")));
+        assert_eq!(request_head(&pairs, &route, None).map(|_| ()), Err(HeaderError::Pseudo(":path")));
     }
 
     #[test]
@@ -288,7 +397,7 @@ mod tests {
             (b"connection".to_vec(), b"close".to_vec()),
             (b"x-kept".to_vec(), b"\xff\xfe".to_vec()),
         ];
-        let response = response_head(&pairs).expect("a response");
+        let response = response_head(&pairs, None).expect("a response");
         assert_eq!(response.headers().len(), 1);
         assert_eq!(response.headers()["x-kept"].as_bytes(), b"\xff\xfe");
     }

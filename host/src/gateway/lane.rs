@@ -19,8 +19,9 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
 use super::exchange::{Exchange, Guard, Outcome, Signal};
-use super::filter::{Direction, HeaderPairs, Release, Step};
+use super::filter::{Direction, HeaderPairs, Release};
 use super::headers;
+use super::upstream::Lease;
 
 /// Where a lane's body comes from.
 pub(super) enum Source {
@@ -28,6 +29,8 @@ pub(super) enum Source {
     Peer(Incoming),
     /// A body the gateway or the filter made up; taken once.
     Own(Option<Bytes>),
+    /// No body that HTTP knows of: the connection is about to leave HTTP.
+    Tunnel,
 }
 
 impl Source {
@@ -35,6 +38,7 @@ impl Source {
         match self {
             Self::Peer(incoming) => incoming.is_end_stream(),
             Self::Own(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Self::Tunnel => false,
         }
     }
 
@@ -42,6 +46,7 @@ impl Source {
         match self {
             Self::Peer(incoming) => Pin::new(incoming).poll_frame(cx),
             Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Tunnel => Poll::Pending,
         }
     }
 }
@@ -68,6 +73,10 @@ pub(super) struct Lane {
     owed_bytes: Option<u64>,
     timer: Option<Pin<Box<Sleep>>>,
     timer_armed: bool,
+    /// The connection that the source reads from, until it has ended well.
+    lease: Option<Lease>,
+    /// Bytes that came in so far.
+    taken_bytes: u64,
     guard: Option<Guard>,
 }
 
@@ -78,6 +87,7 @@ impl Lane {
         direction: Direction,
         headers: HeaderPairs,
         source: Source,
+        lease: Option<Lease>,
     ) -> Result<Self, LaneError> {
         let mut lane = Self {
             exchange,
@@ -91,8 +101,11 @@ impl Lane {
             owed_bytes: None,
             timer: None,
             timer_armed: false,
+            lease,
+            taken_bytes: 0,
             guard: None,
         };
+        lane.return_connection();
         let outcome = lane.exchange.on_headers(direction, headers, lane.input_ended);
         lane.absorb(outcome)?;
         Ok(lane)
@@ -112,6 +125,8 @@ impl Lane {
             owed_bytes: None,
             timer: None,
             timer_armed: false,
+            lease: None,
+            taken_bytes: 0,
             guard: None,
         }
     }
@@ -164,8 +179,8 @@ impl Lane {
     fn poll_patience(&mut self, cx: &mut Context<'_>, reads: bool) -> Poll<Result<(), LaneError>> {
         // While the filter holds a message its sender is not to blame.
         let patience = match (reads, self.direction) {
-            (true, Direction::Request) => self.exchange.shared.client_timeout,
-            _ => self.exchange.shared.upstream_timeout,
+            (true, Direction::Request) => self.exchange.terms.client_timeout,
+            _ => self.exchange.terms.upstream_timeout,
         };
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
         if !self.timer_armed {
@@ -188,18 +203,21 @@ impl Lane {
             Some(Err(error)) => return Err(self.source_failed(&error)),
             None => {
                 self.input_ended = true;
+                self.return_connection();
                 return self.feed_data(Bytes::new());
             }
         };
         match frame.into_data() {
             Ok(data) => {
                 self.input_ended = self.source.is_end();
-                self.count_in(data.len());
+                self.count_in(data.len())?;
+                self.return_connection();
                 if data.is_empty() && !self.input_ended { Ok(()) } else { self.feed_data(data) }
             }
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => {
                     self.input_ended = true;
+                    self.return_connection();
                     let outcome =
                         self.exchange.on_trailers(self.direction, headers::trailer_pairs(&trailers));
                     self.absorb(outcome)
@@ -225,27 +243,47 @@ impl Lane {
         LaneError(reason)
     }
 
-    fn count_in(&self, bytes: usize) {
-        if self.direction == Direction::Request {
-            self.exchange.edit_record(|record| record.bytes_in += bytes as u64);
-            self.exchange.note_request_progress(false, true);
+    /// The source's last byte was read: its connection is free for others.
+    fn return_connection(&mut self) {
+        if self.input_ended
+            && let Some(lease) = self.lease.take()
+        {
+            lease.give_back();
         }
+    }
+
+    fn count_in(&mut self, bytes: usize) -> Result<(), LaneError> {
+        self.taken_bytes += bytes as u64;
+        let terms = &self.exchange.terms;
+        if self.direction == Direction::Response {
+            if self.taken_bytes > terms.response_body_bytes {
+                self.exchange.interrupt(Signal::UpstreamTooLarge, "response_too_large");
+                return Err(LaneError("response_too_large"));
+            }
+            return Ok(());
+        }
+        self.exchange.edit_record(|record| record.bytes_in += bytes as u64);
+        self.exchange.note_request_progress(false, true);
+        if self.taken_bytes > terms.request_body_bytes {
+            self.exchange.interrupt(Signal::BodyTooLarge, "request_too_large");
+            return Err(LaneError("request_too_large"));
+        }
+        Ok(())
     }
 
     fn absorb(&mut self, outcome: Outcome) -> Result<(), LaneError> {
         match outcome {
-            Outcome::Step(Step::Forward(release)) => self.release(release),
-            Outcome::Step(Step::Hold { read_on }) => self.read_on = read_on,
-            Outcome::Bypass(release) => self.release(Release { end: self.input_ended, ..release }),
-            Outcome::Step(Step::Reply(_) | Step::Close) | Outcome::Interrupted => {
-                return Err(LaneError("interrupted"));
+            Outcome::Forward(release, reads_on) => {
+                self.release(release);
+                self.read_on = reads_on;
             }
+            Outcome::Hold(reads_on) => self.read_on = reads_on,
+            Outcome::Interrupted => return Err(LaneError("interrupted")),
         }
         Ok(())
     }
 
     fn release(&mut self, release: Release) {
-        self.read_on = true;
         if release.headers.is_some() {
             self.headers = release.headers;
         }
@@ -260,7 +298,7 @@ impl Lane {
                 }
             }
         }
-        self.output_ended = release.end;
+        self.output_ended |= release.end;
         if release.end && self.direction == Direction::Request {
             self.exchange.note_request_progress(false, true);
         }

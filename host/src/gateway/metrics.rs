@@ -30,6 +30,10 @@ impl Counter {
     }
 }
 
+/// Upper bounds of the duration histogram, in milliseconds: from a cache's answer to an LLM's.
+const BOUNDS_MS: [u64; 15] =
+    [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 10_000, 30_000, 100_000, 300_000];
+
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
 /// Everything the gateway counts.
@@ -41,10 +45,16 @@ pub(super) struct Counters {
     request_bytes: Counter,
     response_bytes: Counter,
     duration_us: Counter,
+    durations: [Counter; BOUNDS_MS.len()],
+    ended: Counter,
     pub(super) in_flight: Counter,
     pub(super) connections: Counter,
     pub(super) upstream_failures: Counter,
     pub(super) filter_failures: Counter,
+    pub(super) tunnels: Counter,
+    pub(super) tls_failures: Counter,
+    pub(super) reloads: Counter,
+    pub(super) reload_failures: Counter,
 }
 
 impl Counters {
@@ -57,7 +67,12 @@ impl Counters {
         }
         self.request_bytes.add(record.bytes_in);
         self.response_bytes.add(record.bytes_out);
-        self.duration_us.add(u64::try_from(record.duration.as_micros()).unwrap_or(u64::MAX));
+        let duration_us = u64::try_from(record.duration.as_micros()).unwrap_or(u64::MAX);
+        self.duration_us.add(duration_us);
+        if let Some(at) = BOUNDS_MS.iter().position(|bound| duration_us <= bound * 1000) {
+            self.durations[at].increment();
+        }
+        self.ended.increment();
     }
 
     pub(super) fn write(&self, access_log_dropped: u64, out: &mut String) {
@@ -67,6 +82,17 @@ impl Counters {
             let _ = writeln!(out, "{name}{{code=\"{class}\"}} {}", counter.value());
         }
         let _ = writeln!(out, "{name}{{code=\"none\"}} {}", self.unanswered.value());
+        let name = "driftlock_gateway_duration_seconds";
+        header(out, name, "histogram", "From a request's headers to the last byte of its response.");
+        let mut total = 0;
+        for (bound_ms, counter) in BOUNDS_MS.iter().zip(&self.durations) {
+            total += counter.value();
+            let _ = writeln!(out, "{name}_bucket{{le=\"{}\"}} {total}", *bound_ms as f64 / 1000.0);
+        }
+        let ended = self.ended.value();
+        let _ = writeln!(out, "{name}_bucket{{le=\"+Inf\"}} {ended}");
+        let _ = writeln!(out, "{name}_sum {}", self.duration_us.value() as f64 / 1e6);
+        let _ = writeln!(out, "{name}_count {ended}");
         let plain = [
             (
                 "aborted_total",
@@ -86,12 +112,6 @@ impl Counters {
                 "Response body bytes handed to clients.",
                 self.response_bytes.value(),
             ),
-            (
-                "duration_microseconds_total",
-                "counter",
-                "Sum of the durations of exchanges that ended.",
-                self.duration_us.value(),
-            ),
             ("in_flight_requests", "gauge", "Exchanges that have not ended.", self.in_flight.value()),
             ("connections_total", "counter", "Client connections accepted.", self.connections.value()),
             (
@@ -105,6 +125,25 @@ impl Counters {
                 "counter",
                 "Exchanges in which the filter crashed or was not to be had.",
                 self.filter_failures.value(),
+            ),
+            (
+                "tunnels_total",
+                "counter",
+                "Websockets and CONNECT tunnels, whose bytes pass no filter.",
+                self.tunnels.value(),
+            ),
+            (
+                "tls_failures_total",
+                "counter",
+                "Client connections whose TLS handshake failed.",
+                self.tls_failures.value(),
+            ),
+            ("reloads_total", "counter", "Configurations loaded after the first.", self.reloads.value()),
+            (
+                "reload_failures_total",
+                "counter",
+                "Configurations refused after the first; the one before stays.",
+                self.reload_failures.value(),
             ),
             ("access_log_dropped_total", "counter", "Access log lines lost.", access_log_dropped),
         ];
@@ -124,6 +163,11 @@ pub(super) fn header(out: &mut String, name: &str, kind: &str, help: &str) {
 /// Appends one value; `name` may carry labels.
 pub(super) fn sample(out: &mut String, name: &str, value: u64) {
     let _ = writeln!(out, "{name} {value}");
+}
+
+/// A label's value, escaped.
+pub(super) fn label(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 /// A name Prometheus accepts (`[a-zA-Z_:][a-zA-Z0-9_:]*`): every other character becomes `_`.
@@ -154,12 +198,34 @@ mod tests {
     fn odd_statuses_are_counted_once() {
         let counters = Counters::default();
         let client = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
-        let mut record = AccessRecord::begin("GET".to_owned(), "/".to_owned(), String::new(), client);
+        let mut record = AccessRecord::begin("GET".to_owned(), "/".to_owned(), client);
         for status in [Some(200), Some(99), Some(999), None] {
             record.status = status;
             counters.finished(&record);
         }
         assert_eq!(counters.responses[1].value(), 1);
         assert_eq!(counters.unanswered.value(), 3);
+    }
+
+    #[test]
+    fn the_duration_histogram_adds_up() {
+        let counters = Counters::default();
+        let client = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
+        let mut record = AccessRecord::begin("GET".to_owned(), "/".to_owned(), client);
+        for duration_us in [1, 1000, 1001, 90_000, 999_000_000] {
+            record.duration = std::time::Duration::from_micros(duration_us);
+            counters.finished(&record);
+        }
+        let mut out = String::new();
+        counters.write(0, &mut out);
+        for line in [
+            "bucket{le=\"0.001\"} 2",
+            "bucket{le=\"0.002\"} 3",
+            "bucket{le=\"300\"} 4",
+            "bucket{le=\"+Inf\"} 5",
+            "count 5",
+        ] {
+            assert!(out.contains(&format!("duration_seconds_{line}\n")), "{line}: {out}");
+        }
     }
 }

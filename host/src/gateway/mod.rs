@@ -1,87 +1,102 @@
-//! `driftlock gateway`: an HTTP/1.1 reverse proxy that runs a filter in front of one upstream.
+//! `driftlock gateway`: a reverse proxy that runs proxy-wasm filters in front of upstreams.
 //!
 //! It exists so that Driftlock can stand inline without an Envoy, and so that the demo, replays and
-//! tests can run the real .wasm in-process. Bodies stream both ways with back-pressure; a message is
-//! collected only as far as the filter itself holds it. Per exchange it costs a few allocations per
-//! header field and one mutex; per chunk one filter call and no copy of its own.
+//! tests can run the real .wasm in-process. HTTP/1.1 and HTTP/2 on both sides, with TLS or without;
+//! bodies stream both ways with back-pressure, and a message is collected only as far as a filter
+//! itself holds it. Configuration, modules and certificates are replaced while it runs, without a
+//! request lost.
 //!
 //! ```text
-//!   serve.rs      request -> filter -> upstream -> filter -> response
-//!   lane.rs       one direction's bytes through the filter
-//!   exchange.rs   what the two directions share
-//!   filter.rs     the trait; wasm.rs implements it with host::abi
+//!   config/         the YAML file, checked   ─┐
+//!   options.rs      the command line         ─┴─> plan.rs ──> generation.rs   routes, upstreams, filters
+//!   listener.rs     connections of clients
+//!   serve.rs        request -> filters -> upstream -> filters -> response
+//!   lane.rs         one direction's bytes through the filters
+//!   exchange.rs     what the two directions share;  chain.rs  the filters in their order
+//!   upstream.rs     connections to upstreams;  tunnel.rs  what leaves HTTP;  wire.rs, tls.rs  bytes
+//!   filter.rs       the trait;  wasm.rs  implements it with host::abi;  callout.rs  filters' own calls
+//!   bench.rs        the same filter behind a real Envoy and behind this, in one run
 //! ```
 //!
-//! Left out on purpose, for a later issue: HTTP/2, TLS, several routes, retries.
+//! Left out on purpose: retries (an LLM call is not idempotent), load balancing, HTTP/3, caching.
 
 mod access_log;
 mod admin;
+pub mod bench;
+mod callout;
+mod chain;
+mod config;
 mod error;
 mod exchange;
 pub mod filter;
+mod generation;
 mod headers;
 mod lane;
+mod listener;
 mod metrics;
 mod options;
+mod plan;
+mod reload;
 mod serve;
+mod tls;
+mod tunnel;
 mod upstream;
 mod wasm;
+mod wire;
 
-use std::convert::Infallible;
-use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use http::{Request, Uri};
-use http_body::Body;
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 pub use access_log::{AccessLogTarget, AccessRecord};
+pub use config::Config;
 pub use error::GatewayError;
 pub use options::{Args, FailurePolicy, FilterSource, GatewayOptions};
 
 use access_log::AccessLog;
-use filter::{ConnectionInfo, FilterFactory};
+use generation::Generation;
+use listener::Listener;
 use metrics::Counters;
-
-/// A connection that takes longer will not come about.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-const ADMIN_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+use plan::Plan;
+use wasm::Process;
 
 /// What every connection of a gateway uses.
 pub(crate) struct Shared {
-    filters: Option<Arc<dyn FilterFactory>>,
-    client: upstream::UpstreamClient,
-    upstream: Uri,
-    upstream_name: String,
-    failure_policy: FailurePolicy,
-    upstream_timeout: Duration,
-    client_timeout: Duration,
+    process: Arc<Process>,
+    generation: RwLock<Arc<Generation>>,
     counters: Counters,
     access_log: AccessLog,
     draining: AtomicBool,
+    /// Set when tunnels have to end.
+    cut: watch::Sender<bool>,
+}
+
+impl Shared {
+    fn generation(&self) -> Arc<Generation> {
+        Arc::clone(&self.generation.read().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// A running gateway. Dropping it stops it at once; [`Gateway::shutdown`] lets exchanges end first.
 pub struct Gateway {
-    /// Where clients connect, with the port that was really taken.
+    /// Where clients connect, with the port that was really taken; the first, if there are several.
     pub addr: SocketAddr,
     /// Where the admin endpoints are, if they were asked for.
     pub admin_addr: Option<SocketAddr>,
     shared: Arc<Shared>,
+    listeners: Vec<Listener>,
+    /// Listeners that a reload took away, while their connections end.
+    retired: Vec<Listener>,
+    admin: Option<JoinHandle<()>>,
+    /// What a reload cannot change.
+    fixed: (Option<SocketAddr>, usize),
     drain_timeout: Duration,
-    stop_traffic: watch::Sender<bool>,
-    traffic: JoinHandle<JoinSet<()>>,
-    stop_admin: watch::Sender<bool>,
-    admin: Option<JoinHandle<JoinSet<()>>>,
 }
 
 impl Gateway {
@@ -90,87 +105,150 @@ impl Gateway {
     /// # Errors
     /// [`GatewayError`] for an unusable option, an address in use, a filter that does not start.
     pub async fn start(options: GatewayOptions) -> Result<Self, GatewayError> {
-        options.check()?;
-        let filters = filters(&options).await?;
-        let (listener, addr) = listen(options.listen, "traffic").await?;
-        let admin = match options.admin {
-            Some(address) => Some(listen(address, "admin").await?),
+        Self::launch(options.plan()?).await
+    }
+
+    /// Starts a gateway by its configuration file.
+    ///
+    /// # Errors
+    /// As [`Gateway::start`]; what is wrong with the file names its line and field.
+    pub async fn start_file(path: &Path) -> Result<Self, GatewayError> {
+        Self::launch(Config::load(path)?).await
+    }
+
+    async fn launch(mut plan: Plan) -> Result<Self, GatewayError> {
+        let mut sockets = Vec::new();
+        for listener in &plan.listeners {
+            sockets.push(listener::bind(listener.address, "traffic").await?);
+        }
+        let Some(addr) = sockets.first().map(|(_, local)| *local) else {
+            let hint = "give at least one";
+            return Err(GatewayError::Setting { setting: "listeners", value: "empty".to_owned(), hint });
+        };
+        let admin = match plan.admin {
+            Some(address) => Some(listener::bind(address, "admin").await?),
             None => None,
         };
+        let target = std::mem::take(&mut plan.access_log);
+        let (listeners, drain_timeout) = (std::mem::take(&mut plan.listeners), plan.drain_timeout);
+        let fixed = (plan.admin, plan.workers);
+        let process: Arc<Process> = Arc::default();
+        let generation = Arc::new(Generation::build(plan, None, &process).await?);
+        process.call_outs.set(&generation.upstreams);
+        let limits = generation.limits.clone();
         let shared = Arc::new(Shared {
-            filters,
-            client: upstream::client(options.upstream_timeout.min(CONNECT_TIMEOUT)),
-            upstream_name: options.upstream.authority().map_or_else(String::new, ToString::to_string),
-            upstream: options.upstream,
-            failure_policy: options.failure_policy,
-            upstream_timeout: options.upstream_timeout,
-            client_timeout: options.client_timeout,
+            process,
+            generation: RwLock::new(generation),
             counters: Counters::default(),
-            access_log: AccessLog::open(options.access_log)?,
+            access_log: AccessLog::open(target)?,
             draining: AtomicBool::new(false),
+            cut: watch::Sender::new(false),
         });
-        let (stop_traffic, traffic_stopped) = watch::channel(false);
-        let (stop_admin, admin_stopped) = watch::channel(false);
+        let listeners = sockets
+            .into_iter()
+            .zip(&listeners)
+            .map(|(socket, plan)| Listener::start(socket, plan, &limits, &shared))
+            .collect();
         let admin_addr = admin.as_ref().map(|(_, address)| *address);
-        let admin = admin.map(|(listener, _)| {
-            let shared = Arc::clone(&shared);
-            tokio::spawn(accept(listener, admin_stopped, move |stream, _, stop| {
-                let shared = Arc::clone(&shared);
-                let service = service_fn(move |request: Request<Incoming>| {
-                    let response = admin::answer(&shared, &request);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                drive(stream, service, ADMIN_HEADER_TIMEOUT, stop)
-            }))
-        });
-        let traffic = {
-            let shared = Arc::clone(&shared);
-            tokio::spawn(accept(listener, traffic_stopped, move |stream, peer, stop| {
-                let shared = Arc::clone(&shared);
-                shared.counters.connections.increment();
-                let connection = ConnectionInfo {
-                    id: shared.counters.connections.value(),
-                    peer,
-                    local: stream.local_addr().unwrap_or(addr),
-                };
-                let header_timeout = shared.client_timeout;
-                let service =
-                    service_fn(move |request| serve::serve(Arc::clone(&shared), connection, request));
-                drive(stream, service, header_timeout, stop)
-            }))
-        };
-        Ok(Self {
-            addr,
-            admin_addr,
-            shared,
-            drain_timeout: options.drain_timeout,
-            stop_traffic,
-            traffic,
-            stop_admin,
-            admin,
-        })
+        let admin = admin.map(|(listener, _)| tokio::spawn(admin::serve(listener, Arc::clone(&shared))));
+        Ok(Self { addr, admin_addr, shared, listeners, retired: Vec::new(), admin, fixed, drain_timeout })
+    }
+
+    /// Where clients connect, one address a listener.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listeners.iter().map(|listener| listener.local).collect()
+    }
+
+    /// Goes over to a configuration file without dropping a request: exchanges under way end by the
+    /// configuration they began with. What did not change (connections, VMs) is kept.
+    ///
+    /// # Errors
+    /// [`GatewayError`] when the file is unusable, or changes the admin address or the number of workers;
+    /// the old configuration then stays in use as it was.
+    pub async fn reload_file(&mut self, path: &Path) -> Result<(), GatewayError> {
+        self.reload(Config::load(path)?).await
+    }
+
+    async fn reload(&mut self, plan: Plan) -> Result<(), GatewayError> {
+        let reloaded = self.try_reload(plan).await;
+        let counters = &self.shared.counters;
+        if reloaded.is_ok() { &counters.reloads } else { &counters.reload_failures }.increment();
+        reloaded
+    }
+
+    async fn try_reload(&mut self, mut plan: Plan) -> Result<(), GatewayError> {
+        if plan.admin != self.fixed.0 {
+            return Err(GatewayError::NeedsRestart { setting: "admin" });
+        }
+        if plan.workers != self.fixed.1 {
+            return Err(GatewayError::NeedsRestart { setting: "workers" });
+        }
+        let planned = std::mem::take(&mut plan.listeners);
+        let mut sockets = Vec::new();
+        for listener in &planned {
+            if !self.listeners.iter().any(|known| known.configured == listener.address) {
+                sockets.push((listener::bind(listener.address, "traffic").await?, listener));
+            }
+        }
+        let target = std::mem::take(&mut plan.access_log);
+        let drain_timeout = plan.drain_timeout;
+        let old = self.shared.generation();
+        let next = Arc::new(Generation::build(plan, Some(&*old), &self.shared.process).await?);
+        self.shared.access_log.reopen(&target)?;
+
+        // From here on nothing can fail.
+        self.shared.process.call_outs.set(&next.upstreams);
+        let limits = next.limits.clone();
+        *self.shared.generation.write().unwrap_or_else(PoisonError::into_inner) = next;
+        self.drain_timeout = drain_timeout;
+        for listener in std::mem::take(&mut self.listeners) {
+            match planned.iter().find(|plan| plan.address == listener.configured) {
+                Some(plan) => {
+                    listener.update(plan, &limits);
+                    self.listeners.push(listener);
+                }
+                None => {
+                    listener.stop();
+                    self.retired.push(listener);
+                }
+            }
+        }
+        for (socket, plan) in sockets {
+            self.listeners.push(Listener::start(socket, plan, &limits, &self.shared));
+        }
+        Ok(())
     }
 
     /// Stops accepting, lets exchanges end for up to the drain time-out, cuts the rest and writes
     /// out the access log. Returns how many connections had to be cut.
     pub async fn shutdown(mut self) -> usize {
         self.shared.draining.store(true, Ordering::Release);
-        self.stop_traffic.send_replace(true);
+        let listeners: Vec<Listener> = self.listeners.drain(..).chain(self.retired.drain(..)).collect();
+        for listener in &listeners {
+            listener.stop();
+        }
+        let deadline = Instant::now() + self.drain_timeout;
         let mut cut = 0;
-        if let Ok(mut connections) = (&mut self.traffic).await {
-            let drained = async { while connections.join_next().await.is_some() {} };
-            let _ = tokio::time::timeout(self.drain_timeout, drained).await;
-            cut = connections.len();
-            connections.shutdown().await;
+        for listener in listeners {
+            cut += listener.ended(deadline).await;
+        }
+        // Tunnels have left their connections; they get the same time.
+        let shared = Arc::clone(&self.shared);
+        let in_flight = || shared.counters.in_flight.value();
+        while in_flight() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let tunnels = usize::try_from(in_flight()).unwrap_or(usize::MAX);
+        cut += tunnels;
+        shared.cut.send_replace(true);
+        let patience = Instant::now() + Duration::from_secs(1);
+        while in_flight() > 0 && Instant::now() < patience {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
         // The admin endpoints outlive the drain, so that it can be watched.
-        self.stop_admin.send_replace(true);
-        if let Some(admin) = &mut self.admin
-            && let Ok(mut connections) = admin.await
-        {
-            connections.shutdown().await;
+        if let Some(admin) = self.admin.take() {
+            admin.abort();
         }
-        let shared = Arc::clone(&self.shared);
         // Joining the writer blocks for as long as its file does.
         if let Err(error) = tokio::task::spawn_blocking(move || shared.access_log.close()).await {
             tracing::error!(target: "driftlock::gateway", %error, "the access log was not closed");
@@ -181,90 +259,11 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        self.traffic.abort();
+        self.shared.cut.send_replace(true);
         if let Some(admin) = &self.admin {
             admin.abort();
         }
     }
-}
-
-async fn filters(options: &GatewayOptions) -> Result<Option<Arc<dyn FilterFactory>>, GatewayError> {
-    let bytes =
-        match &options.filter {
-            FilterSource::None => return Ok(None),
-            FilterSource::Native(factory) => return Ok(Some(Arc::clone(factory))),
-            FilterSource::WasmFile(path) => tokio::fs::read(path).await.map_err(|source| {
-                GatewayError::File { action: "read the filter", path: path.clone(), source }
-            })?,
-            FilterSource::WasmBytes(bytes) => bytes.clone(),
-        };
-    Ok(Some(Arc::new(wasm::WasmFilters::start(bytes, options).await?)))
-}
-
-async fn listen(address: SocketAddr, role: &'static str) -> Result<(TcpListener, SocketAddr), GatewayError> {
-    let failed = |source| GatewayError::Listen { address, role, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let local = listener.local_addr().map_err(failed)?;
-    Ok((listener, local))
-}
-
-/// Accepts until told to stop; returns the connections that are still open.
-async fn accept<F, C>(listener: TcpListener, mut stop: watch::Receiver<bool>, connection: F) -> JoinSet<()>
-where
-    F: Fn(TcpStream, SocketAddr, watch::Receiver<bool>) -> C,
-    C: Future<Output = ()> + Send + 'static,
-{
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            () = stopped(&mut stop) => return connections,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => {
-                    if let Err(error) = stream.set_nodelay(true) {
-                        tracing::debug!(target: "driftlock::gateway", %error, "TCP_NODELAY refused");
-                    }
-                    connections.spawn(connection(stream, peer, stop.clone()));
-                }
-                Err(error) => {
-                    // Out of file descriptors, or a client that was gone already: let others end.
-                    tracing::warn!(target: "driftlock::gateway", %error, "accept failed");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            },
-            // Takes ended connections out of the set.
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-        }
-    }
-}
-
-/// Serves one connection; once told to stop, ends it after the exchange it is in.
-async fn drive<S, B>(stream: TcpStream, service: S, header_timeout: Duration, mut stop: watch::Receiver<bool>)
-where
-    S: hyper::service::HttpService<Incoming, ResBody = B>,
-    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    B: Body + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
-        .serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = &mut connection => ended,
-        () = stopped(&mut stop) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(target: "driftlock::gateway", %error, "connection ended early");
-    }
-}
-
-/// Waits for the word to stop, or for whoever could give it to be gone.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
-    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Runs `driftlock gateway` until SIGTERM or SIGINT.
@@ -272,46 +271,66 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 /// # Errors
 /// [`GatewayError`] as [`Gateway::start`], and when the runtime cannot be set up.
 pub fn run(args: Args) -> Result<(), GatewayError> {
-    let options = GatewayOptions::try_from(args)?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(GatewayError::Runtime)?;
-    runtime.block_on(async {
-        let upstream = options.upstream.clone();
-        let drain_timeout = options.drain_timeout;
-        let signal = stop_signal()?;
-        let gateway = Gateway::start(options).await?;
-        anstream::eprintln!("driftlock gateway: http://{} -> {upstream}", gateway.addr);
-        if let Some(admin) = gateway.admin_addr {
-            anstream::eprintln!("driftlock gateway: metrics at http://{admin}/metrics");
-        }
-        signal.await;
-        anstream::eprintln!("driftlock gateway: stopping, exchanges have {drain_timeout:?} to end");
-        let cut = gateway.shutdown().await;
-        if cut > 0 {
-            anstream::eprintln!("driftlock gateway: cut {cut} connections that had not ended");
-        }
-        Ok(())
-    })
+    if args.schema {
+        anstream::print!("{}", Config::schema());
+        return Ok(());
+    }
+    if let Some(path) = &args.check {
+        let plan = Config::load(path)?;
+        let runtime = tokio::runtime::Runtime::new().map_err(GatewayError::Runtime)?;
+        runtime.block_on(Generation::build(plan, None, &Arc::default()))?;
+        anstream::println!("{} is usable", path.display());
+        return Ok(());
+    }
+    let file = args.file.clone();
+    let plan = match &file {
+        Some(path) => Config::load(path)?,
+        None => GatewayOptions::try_from(args)?.plan()?,
+    };
+    let mut runtime = match plan.workers {
+        1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime.worker_threads(plan.workers).enable_all().build().map_err(GatewayError::Runtime)?;
+    runtime.block_on(serve_until_told(plan, file))
 }
 
-#[cfg(unix)]
-fn stop_signal() -> Result<impl Future<Output = ()>, GatewayError> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).map_err(GatewayError::Runtime)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(GatewayError::Runtime)?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+async fn serve_until_told(plan: Plan, file: Option<PathBuf>) -> Result<(), GatewayError> {
+    let mut signals = reload::Signals::new()?;
+    let mut watch = file.map(|path| reload::Watch::new(path, plan.watched.clone()));
+    let targets: Vec<_> =
+        plan.upstreams.iter().map(|it| (it.tls.is_some(), Arc::clone(&it.authority_text))).collect();
+    let mut gateway = Gateway::launch(plan).await?;
+    for listener in &gateway.listeners {
+        let targets: Vec<String> = targets
+            .iter()
+            .map(|(tls, name)| format!("{}://{name}", if *tls { "https" } else { "http" }))
+            .collect();
+        anstream::eprintln!("driftlock gateway: {} -> {}", listener.local, targets.join(", "));
+    }
+    if let Some(admin) = gateway.admin_addr {
+        anstream::eprintln!("driftlock gateway: metrics at http://{admin}/metrics");
+    }
+    loop {
+        let told = tokio::select! {
+            told = signals.next() => told,
+            () = reload::changed(watch.as_mut()) => reload::Told::Reload,
+        };
+        match (told, &mut watch) {
+            (reload::Told::Stop, _) => break,
+            (reload::Told::Reload, Some(watch)) => watch.reload(&mut gateway).await,
+            (reload::Told::Reload, None) => {
+                anstream::eprintln!(
+                    "driftlock gateway: started without --file, so there is nothing to reload"
+                );
+            }
         }
-    })
-}
-
-#[cfg(not(unix))]
-fn stop_signal() -> Result<impl Future<Output = ()>, GatewayError> {
-    Ok(async {
-        if let Err(error) = tokio::signal::ctrl_c().await {
-            tracing::error!(target: "driftlock::gateway", %error, "cannot wait for Ctrl-C");
-        }
-    })
+    }
+    let drain_timeout = gateway.drain_timeout;
+    anstream::eprintln!("driftlock gateway: stopping, exchanges have {drain_timeout:?} to end");
+    let cut = gateway.shutdown().await;
+    if cut > 0 {
+        anstream::eprintln!("driftlock gateway: cut {cut} connections that had not ended");
+    }
+    Ok(())
 }

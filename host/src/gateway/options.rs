@@ -1,16 +1,21 @@
 //! What a gateway can be told, from a program ([`GatewayOptions`]) or the command line ([`Args`]).
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use http::Uri;
+use http::{HeaderValue, Uri};
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 use super::access_log::AccessLogTarget;
+use super::config::{Connect, HostHeader, HttpVersion};
 use super::error::GatewayError;
 use super::filter::FilterFactory;
+use super::plan::{FilterCode, FilterPlan, Limits, ListenerPlan, Matches, Plan, RoutePlan, UpstreamPlan};
+use super::tls;
 use crate::replay::find_filter;
 use crate::train::plugin_configuration;
 
@@ -18,7 +23,8 @@ use crate::train::plugin_configuration;
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// What becomes of an exchange whose filter is broken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum FailurePolicy {
     /// It is refused with 503, or aborted if the response has begun.
     #[default]
@@ -58,7 +64,7 @@ impl std::fmt::Debug for FilterSource {
 pub struct GatewayOptions {
     /// Where clients connect. Port 0 takes any free one.
     pub listen: SocketAddr,
-    /// `http://host:port`, without a path.
+    /// `http://host:port` or `https://host:port`, without a path.
     pub upstream: Uri,
     /// The filter.
     pub filter: FilterSource,
@@ -98,7 +104,7 @@ impl GatewayOptions {
             filter,
             plugin_configuration: Vec::new(),
             root_id: "driftlock".to_owned(),
-            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            workers: default_workers(),
             admin: None,
             access_log: AccessLogTarget::None,
             upstream_timeout: Duration::from_secs(300),
@@ -110,23 +116,75 @@ impl GatewayOptions {
         }
     }
 
-    /// Refuses what cannot work.
-    pub(super) fn check(&self) -> Result<(), GatewayError> {
-        check_upstream(&self.upstream)?;
-        let above_zero = "it has to be at least 1";
-        if self.workers == 0 {
-            return Err(GatewayError::Setting {
-                setting: "workers",
-                value: "0".to_owned(),
-                hint: above_zero,
-            });
-        }
-        if self.max_buffer_bytes == 0 {
-            return Err(GatewayError::Setting {
-                setting: "max_buffer_bytes",
-                value: "0".to_owned(),
-                hint: above_zero,
-            });
+    /// Refuses what cannot work, and reads the filter.
+    pub(super) fn plan(self) -> Result<Plan, GatewayError> {
+        self.check()?;
+        let code = match self.filter {
+            FilterSource::None => None,
+            FilterSource::Native(factory) => Some(FilterCode::Native(factory)),
+            FilterSource::WasmFile(path) => {
+                let bytes = std::fs::read(&path).map_err(|source| GatewayError::File {
+                    action: "read the filter",
+                    path,
+                    source,
+                })?;
+                Some(FilterCode::Wasm(bytes.into()))
+            }
+            FilterSource::WasmBytes(bytes) => Some(FilterCode::Wasm(bytes.into())),
+        };
+        let filters: Vec<FilterPlan> = code
+            .map(|code| FilterPlan {
+                name: self.root_id.as_str().into(),
+                code,
+                plugin_configuration: self.plugin_configuration,
+                root_id: self.root_id,
+                vms: self.workers,
+                failure_policy: self.failure_policy,
+                max_buffer_bytes: self.max_buffer_bytes,
+                allow_on_headers_stop_iteration: self.allow_on_headers_stop_iteration,
+            })
+            .into_iter()
+            .collect();
+        let upstream = upstream_plan("upstream", &self.upstream, HttpVersion::Auto, None)
+            .map_err(|reason| GatewayError::Upstream { uri: self.upstream.to_string(), reason })?;
+        let limits = Limits::default();
+        Ok(Plan {
+            listeners: vec![ListenerPlan { address: self.listen, tls: None }],
+            admin: self.admin,
+            access_log: self.access_log,
+            workers: self.workers,
+            client_timeout: self.client_timeout,
+            drain_timeout: self.drain_timeout,
+            tunnel_idle_timeout: Duration::from_secs(3600),
+            routes: vec![RoutePlan {
+                name: "1".into(),
+                matches: Matches::default(),
+                upstream: 0,
+                filters: (0..filters.len()).collect(),
+                rewrite_prefix: None,
+                host: HostHeader::Auto,
+                timeout: self.upstream_timeout,
+                request_body_bytes: limits.request_body_bytes,
+                websocket: true,
+                connect: Connect::Refuse,
+            }],
+            limits,
+            filters,
+            upstreams: vec![UpstreamPlan {
+                connect_timeout: upstream.connect_timeout.min(self.upstream_timeout),
+                timeout: self.upstream_timeout,
+                ..upstream
+            }],
+            watched: Vec::new(),
+        })
+    }
+
+    fn check(&self) -> Result<(), GatewayError> {
+        for (setting, value) in [("workers", self.workers), ("max_buffer_bytes", self.max_buffer_bytes)] {
+            if value == 0 {
+                let hint = "it has to be at least 1";
+                return Err(GatewayError::Setting { setting, value: "0".to_owned(), hint });
+            }
         }
         for (setting, value, least) in [
             ("upstream_timeout", self.upstream_timeout, Duration::from_millis(1)),
@@ -145,34 +203,69 @@ impl GatewayOptions {
     }
 }
 
-fn check_upstream(uri: &Uri) -> Result<(), GatewayError> {
-    let refuse = |reason| Err(GatewayError::Upstream { uri: uri.to_string(), reason });
-    match uri.scheme_str() {
-        Some("http") => {}
-        Some("https") => return refuse("this version does not speak TLS to upstreams"),
-        _ => return refuse("it does not start with http://"),
-    }
-    if uri.authority().is_none_or(|authority| authority.host().is_empty()) {
-        return refuse("it names no host");
-    }
-    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-        return refuse("credentials in the URI are not sent");
+/// One per processor.
+pub(super) fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// An upstream with defaults for its times. The error says what is wrong with the URI.
+pub(super) fn upstream_plan(
+    name: &str,
+    uri: &Uri,
+    http: HttpVersion,
+    ca: Option<&Path>,
+) -> Result<UpstreamPlan, String> {
+    let https = match uri.scheme_str() {
+        Some("http") => false,
+        Some("https") => true,
+        _ => return Err("it does not start with http:// or https://".to_owned()),
+    };
+    let authority =
+        uri.authority().filter(|authority| !authority.host().is_empty()).ok_or("it names no host")?;
+    if authority.as_str().contains('@') {
+        return Err("credentials in the URI are not sent".to_owned());
     }
     if uri.path_and_query().is_some_and(|path| path.as_str() != "/") {
-        return refuse("a path in front of the client's is not supported");
+        return Err("a path in front of the client's is not supported; a route can rewrite it".to_owned());
     }
-    Ok(())
+    if !https && ca.is_some() {
+        return Err("authorities are of use only with https://".to_owned());
+    }
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+    Ok(UpstreamPlan {
+        name: name.into(),
+        authority: HeaderValue::from_str(authority.as_str()).map_err(|_| "its host is no host name")?,
+        authority_text: authority.as_str().into(),
+        host,
+        port: authority.port_u16().unwrap_or(if https { 443 } else { 80 }),
+        http,
+        tls: if https { Some(tls::client(ca, http)?) } else { None },
+        ca_pem: Vec::new(),
+        connect_timeout: Duration::from_secs(10),
+        timeout: Duration::from_secs(300),
+        idle_timeout: Duration::from_secs(30),
+        max_connections: 1024,
+    })
 }
 
 /// `driftlock gateway`
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Run by this YAML file instead of the options below; reloaded on SIGHUP and when it changes
+    #[arg(long, short, value_name = "FILE", exclusive = true)]
+    pub file: Option<PathBuf>,
+    /// Check a YAML file and all it names, and exit
+    #[arg(long, value_name = "FILE", exclusive = true)]
+    pub check: Option<PathBuf>,
+    /// Print the JSON Schema of the YAML file and exit
+    #[arg(long, exclusive = true)]
+    pub schema: bool,
     /// Address to listen on; port 0 takes any free one
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
-    /// Upstream to forward to, such as http://127.0.0.1:8000
-    #[arg(long, value_name = "URI")]
-    pub upstream: Uri,
+    /// Upstream to forward to, such as http://127.0.0.1:8000 or https://api.example.com
+    #[arg(long, value_name = "URI", required_unless_present_any = ["file", "check", "schema"])]
+    pub upstream: Option<Uri>,
     /// proxy-wasm module to run; by default Driftlock's, beside this program
     #[arg(long, value_name = "FILE")]
     pub filter: Option<PathBuf>,
@@ -234,7 +327,8 @@ impl TryFrom<Args> for GatewayOptions {
             true => FilterSource::None,
             false => FilterSource::WasmFile(find_filter(args.filter.as_deref())),
         };
-        let defaults = Self::new(args.upstream, filter);
+        // clap has seen to it that one is given.
+        let defaults = Self::new(args.upstream.unwrap_or_default(), filter);
         Ok(Self {
             listen: args.listen,
             plugin_configuration,
@@ -264,20 +358,19 @@ mod tests {
     #[test]
     fn unusable_upstreams_are_refused_with_the_reason() {
         for (uri, reason) in [
-            ("https://a.example", "TLS"),
             ("127.0.0.1:80", "http://"),
             ("/only/a/path", "http://"),
             ("http://a.example/prefix", "path"),
             ("http://user:pw@a.example", "credentials"),
         ] {
             let options = GatewayOptions::new(uri.parse().expect("a URI"), FilterSource::None);
-            let error = options.check().expect_err(uri).to_string();
+            let error = options.plan().map(|_| ()).expect_err(uri).to_string();
             assert!(error.contains(reason), "{uri}: {error}");
         }
         let mut options = GatewayOptions::new(Uri::from_static("http://a.example:8000/"), FilterSource::None);
-        assert!(options.check().is_ok());
+        assert!(options.clone().plan().is_ok());
         options.upstream_timeout = Duration::MAX;
-        let error = options.check().expect_err("too long").to_string();
+        let error = options.plan().map(|_| ()).expect_err("too long").to_string();
         assert!(error.contains("upstream_timeout"), "{error}");
     }
 

@@ -6,30 +6,33 @@
 //! waits longer and longer for the next, so that a request that always crashes the filter cannot
 //! keep a processor busy with starts.
 //!
-//! Left out on purpose: calls from the guest to other services (`proxy_http_call` answers
-//! BadArgument, as Envoy does for an unknown cluster). Shared queues are delivered after a tick and
-//! at the end of an exchange.
+//! A guest calls other services by the names of the gateway's upstreams, through their connections;
+//! a name that is none of them is BadArgument, as Envoy's unknown cluster is. Shared queues are
+//! delivered from the VM's own task.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use super::callout::{CallOuts, Caller, Carrier, Open};
 use super::error::GatewayError;
 use super::filter::{
     ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply,
     Release, Step,
 };
 use super::metrics;
-use super::options::GatewayOptions;
+use super::plan::FilterPlan;
 use crate::abi::{
-    self, AbiError, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause, Limits, LogLevel, LogLine, LogSink, MapType,
-    MetricValue, Module, Plugin, PluginOptions, PropertyValue, SharedState, StreamId,
+    self, AbiError, GrpcEvent, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause, HttpCallResponse, Limits, LogLevel,
+    LogLine, LogSink, MapType, MetricValue, Module, Plugin, PluginOptions, PropertyValue, SharedState,
+    StreamId,
 };
 
 /// A VM that lived this long before it crashed is replaced at once.
@@ -39,11 +42,19 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 
 const LOST: &str = "another exchange's call crashed the VM";
 
-/// The VMs of one gateway.
+/// What all VMs of a gateway have in common, through all its configurations.
+#[derive(Default)]
+pub(super) struct Process {
+    pub(super) call_outs: CallOuts,
+    /// Shared data and queues, by vm_id; metrics.
+    shared: SharedState,
+}
+
+/// The VMs of one filter.
 pub(super) struct WasmFilters {
+    name: Arc<str>,
     vms: Vec<Arc<Vm>>,
     next: AtomicUsize,
-    shared: SharedState,
     tenders: Vec<JoinHandle<()>>,
 }
 
@@ -52,13 +63,19 @@ struct Vm {
     life: Mutex<Option<Arc<Life>>>,
     /// The life changed its tick period, or ended.
     changed: Notify,
+    /// A shared queue has items for the guest.
+    queued: Notify,
 }
 
 /// One plugin from its start to its crash.
 struct Life {
     running: Mutex<Running>,
     vm: Weak<Vm>,
+    me: Weak<Life>,
     limit_bytes: usize,
+    process: Arc<Process>,
+    open: Arc<Open>,
+    runtime: Handle,
 }
 
 struct Running {
@@ -91,26 +108,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl WasmFilters {
-    /// Compiles `bytes` and starts the VMs. Inside a tokio runtime.
-    pub(super) async fn start(bytes: Vec<u8>, options: &GatewayOptions) -> Result<Self, GatewayError> {
-        let shared = SharedState::new();
-        let plugin_options = plugin_options(options, shared.clone());
-        let module = blocking(move || Module::compile(&bytes)).await?;
+    /// Compiles a module, off the async threads.
+    pub(super) async fn compile(name: &Arc<str>, bytes: Arc<[u8]>) -> Result<Module, GatewayError> {
+        blocking(name, move || Module::compile(&bytes)).await
+    }
+
+    /// Starts a filter's VMs. Inside a tokio runtime.
+    pub(super) async fn start(
+        plan: &FilterPlan,
+        module: Module,
+        upstreams: &[Arc<str>],
+        process: &Arc<Process>,
+    ) -> Result<Self, GatewayError> {
+        let maker = Arc::new(Maker {
+            name: Arc::clone(&plan.name),
+            module,
+            options: plugin_options(plan, upstreams, process.shared.clone()),
+            process: Arc::clone(process),
+        });
         // The first start is the canary: if it fails, one message is enough.
-        let mut vms = vec![start_vm(&module, &plugin_options).await?];
+        let mut vms = vec![maker.start_vm().await?];
         let mut starting = tokio::task::JoinSet::new();
-        for _ in 1..options.workers {
-            let (module, plugin_options) = (module.clone(), plugin_options.clone());
-            starting.spawn(async move { start_vm(&module, &plugin_options).await });
+        for _ in 1..plan.vms {
+            let maker = Arc::clone(&maker);
+            starting.spawn(async move { maker.start_vm().await });
         }
         while let Some(vm) = starting.join_next().await {
-            vms.push(vm.map_err(|error| GatewayError::Filter(error.to_string()))??);
+            vms.push(vm.map_err(|error| not_started(&plan.name, &error))??);
         }
-        let tenders = vms
-            .iter()
-            .map(|vm| tokio::spawn(tend(Arc::downgrade(vm), module.clone(), plugin_options.clone())))
-            .collect();
-        Ok(Self { vms, next: AtomicUsize::new(0), shared, tenders })
+        let tenders =
+            vms.iter().map(|vm| tokio::spawn(tend(Arc::downgrade(vm), Arc::clone(&maker)))).collect();
+        Ok(Self { name: Arc::clone(&plan.name), vms, next: AtomicUsize::new(0), tenders })
     }
 }
 
@@ -119,29 +147,36 @@ impl Drop for WasmFilters {
         for tender in &self.tenders {
             tender.abort();
         }
+        // A filter that is no longer configured gets its last callbacks.
+        for life in self.vms.iter().filter_map(|vm| vm.life()) {
+            if let Err(error) = life.call(Plugin::shut_down) {
+                let filter = &*self.name;
+                tracing::warn!(target: "driftlock::gateway", filter, %error, "the filter crashed at its end");
+            }
+        }
     }
 }
 
-fn plugin_options(options: &GatewayOptions, shared: SharedState) -> PluginOptions {
+fn plugin_options(plan: &FilterPlan, upstreams: &[Arc<str>], shared: SharedState) -> PluginOptions {
     PluginOptions {
-        name: options.root_id.clone(),
-        root_id: options.root_id.clone(),
-        plugin_configuration: options.plugin_configuration.clone(),
+        name: plan.name.as_ref().to_owned(),
+        root_id: plan.root_id.clone(),
+        plugin_configuration: plan.plugin_configuration.clone(),
         // 1 is INBOUND in Envoy's TrafficDirection.
         properties: vec![(vec!["listener_direction".to_owned()], PropertyValue::Int(1))],
         limits: Limits {
-            request_buffer_bytes: options.max_buffer_bytes,
-            response_buffer_bytes: options.max_buffer_bytes,
+            request_buffer_bytes: plan.max_buffer_bytes,
+            response_buffer_bytes: plan.max_buffer_bytes,
             ..Limits::default()
         },
-        headers_pause: if options.allow_on_headers_stop_iteration {
+        headers_pause: if plan.allow_on_headers_stop_iteration {
             HeadersPause::StopIteration
         } else {
             HeadersPause::StopAllIterationAndWatermark
         },
         shared,
         log: LogSink::new(guest_log_level(), write_guest_log),
-        callout_upstreams: Some(std::collections::BTreeSet::new()),
+        callout_upstreams: Some(upstreams.iter().map(|name| name.as_ref().to_owned()).collect()),
         ..PluginOptions::default()
     }
 }
@@ -174,40 +209,68 @@ fn write_guest_log(line: LogLine) {
 
 /// Compilation and starts take from milliseconds to seconds.
 async fn blocking<T: Send + 'static>(
+    name: &str,
     work: impl FnOnce() -> Result<T, AbiError> + Send + 'static,
 ) -> Result<T, GatewayError> {
-    let done =
-        tokio::task::spawn_blocking(work).await.map_err(|error| GatewayError::Filter(error.to_string()))?;
-    done.map_err(|error| GatewayError::Filter(error.to_string()))
+    let done = tokio::task::spawn_blocking(work).await.map_err(|error| not_started(name, &error))?;
+    done.map_err(|error| not_started(name, &error))
 }
 
-async fn start_plugin(module: &Module, options: &PluginOptions) -> Result<Plugin, GatewayError> {
-    let (module, options) = (module.clone(), options.clone());
-    blocking(move || Plugin::start(&module, options)).await
+fn not_started(name: &str, error: &impl std::fmt::Display) -> GatewayError {
+    GatewayError::Filter { name: name.to_owned(), reason: error.to_string() }
 }
 
-async fn start_vm(module: &Module, options: &PluginOptions) -> Result<Arc<Vm>, GatewayError> {
-    let plugin = start_plugin(module, options).await?;
-    let vm = Arc::new(Vm { life: Mutex::new(None), changed: Notify::new() });
-    vm.install(plugin, options.limits.request_buffer_bytes);
-    Ok(vm)
+/// What it takes to start another VM of the same filter.
+struct Maker {
+    name: Arc<str>,
+    module: Module,
+    options: PluginOptions,
+    process: Arc<Process>,
+}
+
+impl Maker {
+    async fn start_vm(self: &Arc<Self>) -> Result<Arc<Vm>, GatewayError> {
+        let vm = Arc::new(Vm { life: Mutex::new(None), changed: Notify::new(), queued: Notify::new() });
+        self.revive(&vm).await?;
+        Ok(vm)
+    }
+
+    async fn revive(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), GatewayError> {
+        let maker = Arc::clone(self);
+        let mut plugin =
+            blocking(&self.name, move || Plugin::start(&maker.module, maker.options.clone())).await?;
+        let place = Arc::downgrade(vm);
+        plugin.on_queue_items(move || {
+            if let Some(vm) = place.upgrade() {
+                vm.queued.notify_one();
+            }
+        });
+        let running =
+            Running { tick_period: plugin.tick_period(), plugin, mailboxes: HashMap::new(), lost: false };
+        let life = Arc::new_cyclic(|me| Life {
+            running: Mutex::new(running),
+            vm: Arc::downgrade(vm),
+            me: Weak::clone(me),
+            limit_bytes: self.options.limits.request_buffer_bytes,
+            process: Arc::clone(&self.process),
+            open: Arc::default(),
+            runtime: Handle::current(),
+        });
+        // Calls that the guest made while it was configured.
+        life.after_call(&mut lock(&life.running));
+        *lock(&vm.life) = Some(life);
+        Ok(())
+    }
 }
 
 impl Vm {
-    fn install(self: &Arc<Self>, plugin: Plugin, limit_bytes: usize) {
-        let tick_period = plugin.tick_period();
-        let running = Running { plugin, mailboxes: HashMap::new(), tick_period, lost: false };
-        let life = Life { running: Mutex::new(running), vm: Arc::downgrade(self), limit_bytes };
-        *lock(&self.life) = Some(Arc::new(life));
-    }
-
     fn life(&self) -> Option<Arc<Life>> {
         lock(&self.life).clone()
     }
 }
 
 /// Ticks a VM and replaces its plugin after a crash, until the gateway is gone.
-async fn tend(vm: Weak<Vm>, module: Module, options: PluginOptions) {
+async fn tend(vm: Weak<Vm>, maker: Arc<Maker>) {
     let mut backoff = BACKOFF.0;
     let mut born = Instant::now();
     loop {
@@ -220,11 +283,8 @@ async fn tend(vm: Weak<Vm>, module: Module, options: PluginOptions) {
                 backoff = (backoff * 2).min(BACKOFF.1);
             }
             born = Instant::now();
-            match start_plugin(&module, &options).await {
-                Ok(plugin) => vm.install(plugin, options.limits.request_buffer_bytes),
-                Err(error) => {
-                    tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again")
-                }
+            if let Err(error) = maker.revive(&vm).await {
+                tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again");
             }
             continue;
         };
@@ -238,11 +298,18 @@ async fn tend(vm: Weak<Vm>, module: Module, options: PluginOptions) {
         tokio::select! {
             () = vm.changed.notified() => {}
             () = ticked => {
-                if let Err(error) = life.call(|plugin| {
-                    plugin.tick()?;
-                    plugin.deliver_queues()
-                }) {
+                if let Err(error) = life.call(Plugin::tick) {
                     tracing::error!(target: "driftlock::gateway", %error, "the filter crashed in a tick");
+                }
+            }
+            () = vm.queued.notified() => {
+                // Other exchanges get their turn in between.
+                match life.call(Plugin::deliver_queues) {
+                    Ok(0) => {}
+                    Ok(_) => vm.queued.notify_one(),
+                    Err(error) => {
+                        tracing::error!(target: "driftlock::gateway", %error, "the filter crashed over a queue");
+                    }
                 }
             }
         }
@@ -259,6 +326,12 @@ impl Life {
     }
 
     fn after_call(&self, running: &mut Running) {
+        running.plugin.send_callouts(&mut Carrier {
+            runtime: &self.runtime,
+            process: &self.process,
+            open: &self.open,
+            caller: Answers(Weak::clone(&self.me)),
+        });
         for event in running.plugin.take_events() {
             if let Some(mailbox) = running.mailboxes.get(&event.stream) {
                 let step =
@@ -305,6 +378,33 @@ impl Life {
     }
 }
 
+/// A VM as the one who hears of answers.
+#[derive(Clone)]
+struct Answers(Weak<Life>);
+
+impl Answers {
+    fn give(&self, work: impl FnOnce(&mut Plugin) -> Result<(), AbiError>) {
+        let Some(life) = self.0.upgrade() else { return };
+        match life.call(work) {
+            // It was cancelled, or the VM was lost, while the answer was under way.
+            Ok(()) | Err(AbiError::UnknownCall { .. } | AbiError::Poisoned { .. }) => {}
+            Err(error) => {
+                tracing::error!(target: "driftlock::gateway", %error, "the filter crashed in a call's answer");
+            }
+        }
+    }
+}
+
+impl Caller for Answers {
+    fn http_answer(&self, id: u32, answer: Option<HttpCallResponse>) {
+        self.give(|plugin| plugin.http_call_response(id, answer));
+    }
+
+    fn grpc_event(&self, id: u32, event: GrpcEvent) {
+        self.give(|plugin| plugin.grpc_event(id, event));
+    }
+}
+
 fn release_of(plugin: &Plugin, id: StreamId, direction: Direction, release: abi::Release) -> Release {
     let (headers, trailers) = match direction {
         Direction::Request => (MapType::RequestHeaders, MapType::RequestTrailers),
@@ -320,7 +420,7 @@ fn release_of(plugin: &Plugin, id: StreamId, direction: Direction, release: abi:
     }
 }
 
-fn pairs_of(map: &HeaderMap) -> HeaderPairs {
+pub(super) fn pairs_of(map: &HeaderMap) -> HeaderPairs {
     map.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
 }
 
@@ -397,7 +497,7 @@ impl From<Piece> for Release {
     }
 }
 
-fn map_of(pairs: HeaderPairs) -> HeaderMap {
+pub(super) fn map_of(pairs: HeaderPairs) -> HeaderMap {
     pairs.into_iter().collect()
 }
 
@@ -501,11 +601,10 @@ impl HttpFilter for WasmFilter {
         let mut running = lock(&self.life.running);
         let ended = running.plugin.done(self.stream);
         running.mailboxes.remove(&self.stream);
-        let delivered = if running.lost { Ok(0) } else { running.plugin.deliver_queues() };
         self.life.after_call(&mut running);
         drop(running);
         let ended = ended.unwrap_or_default();
-        if let Some(error) = ended.error.or(delivered.err()) {
+        if let Some(error) = ended.error {
             tracing::error!(target: "driftlock::gateway", %error, "the filter crashed at the end of an exchange");
         }
         ended.filter_state
@@ -536,12 +635,8 @@ impl FilterFactory for WasmFilters {
         self.vms.iter().any(|vm| vm.life().is_some())
     }
 
-    fn write_metrics(&self, out: &mut String) {
-        let ready = self.vms.iter().filter(|vm| vm.life().is_some()).count();
-        let name = "driftlock_gateway_filter_vms_ready";
-        metrics::header(out, name, "gauge", "Filter VMs that take exchanges.");
-        metrics::sample(out, name, ready as u64);
-        write_guest_metrics(&self.shared, out);
+    fn vms_ready(&self) -> u64 {
+        self.vms.iter().filter(|vm| vm.life().is_some()).count() as u64
     }
 }
 
@@ -556,7 +651,7 @@ fn open_on(life: &Arc<Life>, connection: &ConnectionInfo) -> Result<WasmFilter, 
             (&["destination", "address"], connection.local.to_string().as_str().into()),
             (&["destination", "port"], i64::from(connection.local.port()).into()),
             (&["connection", "id"], PropertyValue::Uint(connection.id)),
-            (&["request", "protocol"], "HTTP/1.1".into()),
+            (&["request", "protocol"], connection.protocol.into()),
             (&["request", "time"], PropertyValue::TimestampNs(i64::try_from(now_ns).unwrap_or(i64::MAX))),
         ];
         for (path, value) in properties {
@@ -571,33 +666,35 @@ fn open_on(life: &Arc<Life>, connection: &ConnectionInfo) -> Result<WasmFilter, 
     Err(opened.err().unwrap_or(AbiError::Poisoned { reason: "no stream".to_owned() }))
 }
 
-/// The guests' metrics. A name that two kinds share keeps its first; Prometheus allows one.
-fn write_guest_metrics(shared: &SharedState, out: &mut String) {
-    let mut taken = std::collections::BTreeSet::new();
-    for sample in shared.metrics().snapshot() {
-        let name = metrics::sanitised_name(&sample.name);
-        if !taken.insert(name.clone()) {
-            continue;
-        }
-        match sample.value {
-            MetricValue::Counter(value) => {
-                metrics::header(out, &name, "counter", "Counted by the filter.");
-                metrics::sample(out, &name, value);
+impl Process {
+    /// Appends the guests' metrics. A name that two kinds share keeps its first; Prometheus allows one.
+    pub(super) fn write_metrics(&self, out: &mut String) {
+        let mut taken = BTreeSet::new();
+        for sample in self.shared.metrics().snapshot() {
+            let name = metrics::sanitised_name(&sample.name);
+            if !taken.insert(name.clone()) {
+                continue;
             }
-            MetricValue::Gauge(value) => {
-                metrics::header(out, &name, "gauge", "Set by the filter.");
-                metrics::sample(out, &name, value);
-            }
-            MetricValue::Histogram { count, sum, buckets } => {
-                metrics::header(out, &name, "histogram", "Recorded by the filter.");
-                let mut total = 0;
-                for (bound, bucket) in HISTOGRAM_BOUNDS.iter().zip(buckets) {
-                    total += bucket;
-                    metrics::sample(out, &format!("{name}_bucket{{le=\"{bound}\"}}"), total);
+            match sample.value {
+                MetricValue::Counter(value) => {
+                    metrics::header(out, &name, "counter", "Counted by a filter.");
+                    metrics::sample(out, &name, value);
                 }
-                metrics::sample(out, &format!("{name}_bucket{{le=\"+Inf\"}}"), count);
-                metrics::sample(out, &format!("{name}_sum"), sum);
-                metrics::sample(out, &format!("{name}_count"), count);
+                MetricValue::Gauge(value) => {
+                    metrics::header(out, &name, "gauge", "Set by a filter.");
+                    metrics::sample(out, &name, value);
+                }
+                MetricValue::Histogram { count, sum, buckets } => {
+                    metrics::header(out, &name, "histogram", "Recorded by a filter.");
+                    let mut total = 0;
+                    for (bound, bucket) in HISTOGRAM_BOUNDS.iter().zip(buckets) {
+                        total += bucket;
+                        metrics::sample(out, &format!("{name}_bucket{{le=\"{bound}\"}}"), total);
+                    }
+                    metrics::sample(out, &format!("{name}_bucket{{le=\"+Inf\"}}"), count);
+                    metrics::sample(out, &format!("{name}_sum"), sum);
+                    metrics::sample(out, &format!("{name}_count"), count);
+                }
             }
         }
     }

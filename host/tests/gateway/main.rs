@@ -2,6 +2,11 @@
 //! wire is what is asserted. Filters are written in Rust where the seam is the subject, and are small
 //! WebAssembly guests where the VM is.
 
+mod configuration;
+mod faults;
+mod protocols;
+mod reload;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -1213,7 +1218,7 @@ async fn starting_fails_with_what_to_do() {
         "{error}"
     );
     let error = fails(&|options| options.filter = FilterSource::WasmBytes(b"not wasm".to_vec())).await;
-    assert!(matches!(error, GatewayError::Filter(_)), "{error}");
+    assert!(matches!(error, GatewayError::Filter { .. }), "{error}");
     let error = fails(&|options| options.workers = 0).await;
     assert!(error.to_string().contains("workers"), "{error}");
 }
@@ -1344,7 +1349,7 @@ async fn a_guest_sees_traffic_and_reports() {
     let metrics = admin.exchange(get("/metrics")).await.text();
     assert!(metrics.contains("\n# TYPE test_requests_total counter\ntest_requests_total 10\n"), "{metrics}");
     assert!(metrics.contains("driftlock_gateway_requests_total{code=\"2xx\"} 10\n"), "{metrics}");
-    assert!(metrics.contains("driftlock_gateway_filter_vms_ready 2\n"), "{metrics}");
+    assert!(metrics.contains("driftlock_gateway_filter_vms_ready{filter=\"driftlock\"} 2\n"), "{metrics}");
     assert_eq!(admin.exchange(get("/healthz")).await.text(), "ok\n");
     assert_eq!(admin.exchange(get("/readyz")).await.text(), "ready\n");
     assert_eq!(admin.exchange(get("/other")).await.status(), 404);
