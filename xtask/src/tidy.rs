@@ -29,6 +29,7 @@ const RULES: &[Rule] = &[
         package: "driftlock-engine",
         only: Some(&[
             "libm",
+            "memchr",
             "serde",
             "sha2",
             "thiserror",

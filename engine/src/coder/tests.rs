@@ -1,3 +1,5 @@
+//! The coder against its definition: an oracle over the kept contexts, every split, every order of training.
+
 use std::collections::BTreeMap;
 use std::vec;
 use std::vec::Vec;
