@@ -1,5 +1,6 @@
 //! Undoing content codings: every split gives the same bytes and the same end, bounds hold, and what an
-//! independent decoder takes whole is taken here with the same result.
+//! independent decoder takes whole is taken here with the same result. A damaged zstd frame may be refused
+//! here though libzstd takes it: then it is `not_inspected`, which is seen.
 //!
 //! The body is arbitrary bytes, or a text that a real encoder encoded and a few bytes of which were then
 //! changed: noise alone seldom gets past a header.
@@ -27,6 +28,7 @@ pub fn holds(data: &[u8]) {
     let repeats = input.u16();
     let rest = input.rest(1 << 16);
     let mut body = rest.to_vec();
+    let whole_frame = choice & 1 == 0 && damage.is_empty();
     if choice & 1 == 0 {
         let text = rest.repeat((repeats % 512).min(MAX_TEXT_BYTES / rest.len().max(1)));
         body = encoded(coding, &text, choice);
@@ -51,6 +53,10 @@ pub fn holds(data: &[u8]) {
             }
             // What follows its end, the oracle may not look at.
             Err(DecodeError::Malformed) if coding == Coding::Brotli => assert!(out == expected),
+            // libzstd takes some damaged frames that are refused here; what it reads of them differs by version.
+            Err(DecodeError::Malformed) if coding == Coding::Zstd && !whole_frame => {
+                assert!(expected.starts_with(&out), "{coding:?}: not the oracle's first bytes");
+            }
             Err(error) => panic!("{coding:?}: the oracle takes it, here it is {error}"),
         }
     }
