@@ -168,7 +168,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
         let out = ground.path("killed.jsonl");
         while killed < kills / 2 + kills % 2 {
             let mut arguments = vec!["--resume"];
-            if draw(&mut state) % 4 == 0 {
+            if draw(&mut state).is_multiple_of(4) {
                 arguments.extend(["--threads", "1"]);
             }
             let mut child = ground.command(&out, learns, &arguments).spawn().unwrap();
@@ -285,7 +285,7 @@ fn a_har_of_5000_entries_is_accounted_for() {
     };
     let har = folder.path().join("session.har");
     let mut out = std::io::BufWriter::new(fs::File::create(&har).unwrap());
-    write!(out, "{{\"log\": {{\"version\": \"1.2\", \"creator\": {{}}, \"entries\": [\n").unwrap();
+    writeln!(out, "{{\"log\": {{\"version\": \"1.2\", \"creator\": {{}}, \"entries\": [").unwrap();
     for (i, labelled) in synth::generator(&options).unwrap().enumerate() {
         let Exchange { request, response, .. } = labelled.exchange;
         let response = response.unwrap();

@@ -215,7 +215,7 @@ fn is_anomalous(verdict: &Value) -> bool {
 /// training never saw.
 fn costs_of(baseline: &StreamBaseline, unit: &UnitText) -> Option<(Vec<u32>, u32)> {
     let known = baseline.unit(unit.unit.role.as_str())?;
-    Some((known.costs(&unit.text), (known.ranges.expected >> 8) as u32))
+    Some((known.costs(&unit.text), known.ranges.expected >> 8))
 }
 
 /// Runs `driftlock explain`.
