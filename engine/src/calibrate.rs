@@ -94,6 +94,10 @@ pub struct Spread {
     pub per_square: u64,
 }
 
+/// A sixteenth of a square bit for each byte: held-out units that are all but alike (an envelope of fixed
+/// keys) say nothing about how far the next one may stray.
+const LEAST_PER_BYTE: u64 = 65536 / 16;
+
 impl Spread {
     /// Least squares of ((T - mu L) / L)^2 against a / L + b, each unit weighted by its length up to 4,000.
     /// `units` are (L, T - mu L in 1/256 bit).
@@ -123,7 +127,8 @@ impl Spread {
             (a, b) = (0.0, if w > 0.0 { y / w } else { 0.0 });
         }
         // A cast saturates.
-        Self { per_byte: (a * 65536.0 + 0.5) as u64, per_square: (b * 65536.0 + 0.5) as u64 }
+        let per_byte = ((a * 65536.0 + 0.5) as u64).max(LEAST_PER_BYTE);
+        Self { per_byte, per_square: (b * 65536.0 + 0.5) as u64 }
     }
 
     /// `excess` (1/256 bit) of `length` bytes in standard deviations, 1/256.
@@ -417,12 +422,12 @@ mod tests {
                 })
                 .collect()
         };
-        for (a, b) in [(4.0, 0.0), (4.0, 0.01), (0.0, 0.5)] {
+        for (a, b) in [(4.0, 0.0), (4.0, 0.01), (0.0625, 0.5)] {
             let found = Spread::fit(&mut units(a, b));
             let (fa, fb) = (found.per_byte as f64 / 65536.0, found.per_square as f64 / 65536.0);
             assert!((fa - a).abs() < 0.1 && (fb - b).abs() < 0.001, "{a} {b}: {fa} {fb}");
         }
-        assert_eq!(Spread::fit(&mut []), Spread::default());
+        assert_eq!(Spread::fit(&mut []), Spread { per_byte: LEAST_PER_BYTE, per_square: 0 });
     }
 
     /// Validity as a statistic: over exchangeable messages, the share with p <= alpha stays within the
