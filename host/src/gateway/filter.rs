@@ -8,7 +8,7 @@
 //! Every call is synchronous and short (microseconds): a filter that has to wait answers
 //! [`Step::Hold`] and wakes the gateway through [`HttpFilter::poll_resumed`].
 //!
-//! Several filters of one exchange are joined in [`super::chain`], which none of them sees.
+//! Several filters of one exchange are joined in `chain`, which none of them sees.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -263,7 +263,7 @@ pub struct Args {
     /// Address to listen on; port 0 takes any free one
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
-    /// Upstream to forward to, such as http://127.0.0.1:8000 or https://api.example.com
+    /// Upstream to forward to, such as `http://127.0.0.1:8000` or `https://api.example.com`
     #[arg(long, value_name = "URI", required_unless_present_any = ["file", "check", "schema"])]
     pub upstream: Option<Uri>,
     /// proxy-wasm module to run; by default Driftlock's, beside this program
