@@ -2,6 +2,7 @@
 pub mod abi;
 pub mod aggregate;
 pub mod capture;
+pub mod check;
 pub mod demo;
 pub mod envoy;
 pub mod eval;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use driftlock_host::{aggregate, capture, demo, eval, explain, gateway, replay, synth, train, units};
+use driftlock_host::{aggregate, capture, check, demo, eval, explain, gateway, replay, synth, train, units};
 use tracing_subscriber::EnvFilter;
 
 /// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
@@ -30,6 +30,9 @@ enum Command {
     Units(units::Args),
     /// Run a reverse proxy with the filter in front of an upstream.
     Gateway(gateway::Args),
+    /// Look at configurations without starting anything.
+    #[command(subcommand)]
+    Config(Config),
     /// Serve baselines to filters and take their observations.
     Serve(aggregate::Args),
     /// Measure speed, with what it is compared to in the same run.
@@ -51,6 +54,12 @@ enum Bench {
     Gateway(gateway::bench::Args),
 }
 
+#[derive(Debug, Subcommand)]
+enum Config {
+    /// Check plugin configurations: alone, in a gateway's file, in Envoy's, or in Istio's manifests.
+    Check(check::Args),
+}
+
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -65,6 +74,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
         Command::Units(args) => units::run(&args).map_err(anyhow::Error::from),
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
+        Command::Config(Config::Check(args)) => check::run(&args).map_err(anyhow::Error::from),
         Command::Serve(args) => aggregate::run(&args).map_err(anyhow::Error::from),
         Command::Bench(Bench::Gateway(args)) => gateway::bench::run(&args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),

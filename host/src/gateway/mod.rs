@@ -56,6 +56,7 @@ use tokio::time::Instant;
 
 pub use access_log::{AccessLogTarget, AccessRecord};
 pub use config::Config;
+pub(crate) use config::yaml_problem;
 pub use error::GatewayError;
 pub use options::{Args, FailurePolicy, FilterSource, GatewayOptions};
 
@@ -276,9 +277,7 @@ pub fn run(args: Args) -> Result<(), GatewayError> {
         return Ok(());
     }
     if let Some(path) = &args.check {
-        let plan = Config::load(path)?;
-        let runtime = tokio::runtime::Runtime::new().map_err(GatewayError::Runtime)?;
-        runtime.block_on(Generation::build(plan, None, &Arc::default()))?;
+        check(path)?;
         anstream::println!("{} is usable", path.display());
         return Ok(());
     }
@@ -293,6 +292,17 @@ pub fn run(args: Args) -> Result<(), GatewayError> {
     };
     let runtime = runtime.worker_threads(plan.workers).enable_all().build().map_err(GatewayError::Runtime)?;
     runtime.block_on(serve_until_told(plan, file))
+}
+
+/// Reads a configuration file, and starts every filter that it names, but serves nothing.
+///
+/// # Errors
+/// As [`Gateway::start_file`].
+pub fn check(path: &Path) -> Result<(), GatewayError> {
+    let plan = Config::load(path)?;
+    let runtime = tokio::runtime::Runtime::new().map_err(GatewayError::Runtime)?;
+    runtime.block_on(Generation::build(plan, None, &Arc::default()))?;
+    Ok(())
 }
 
 async fn serve_until_told(plan: Plan, file: Option<PathBuf>) -> Result<(), GatewayError> {

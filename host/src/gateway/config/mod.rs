@@ -26,6 +26,7 @@ use serde_saphyr::Spanned;
 use super::error::GatewayError;
 use super::options::FailurePolicy;
 use super::plan::Plan;
+pub(crate) use scalar::plain as yaml_problem;
 use scalar::{ByteSize, Span};
 
 /// The gateway's configuration file.

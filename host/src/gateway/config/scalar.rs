@@ -118,7 +118,7 @@ impl JsonSchema for ByteSize {
 }
 
 /// A YAML error in one line, without its place, which the caller gives.
-pub(super) fn plain(error: &serde_saphyr::Error) -> String {
+pub(crate) fn plain(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     let text = text.lines().next().unwrap_or_default();
     let text = text.strip_prefix("error: ").unwrap_or(text);
