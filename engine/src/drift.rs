@@ -3,7 +3,7 @@
 //! What: two instruments over frozen per-message scores.
 //! - [`DriftMonitor`] compares an observation window, at every hop, with a reference sample of the
 //!   baseline's held-out messages, and says which statistic moved, which way and how far
-//!   ([`DriftVerdict`]).
+//!   ([`DriftVerdict`]); [`Drivers`] says which kinds of unit, which words and which messages it comes from.
 //! - [`ConformalMartingale`] bets against "this stream is exchangeable" and alarms when the winnings
 //!   reach 1/alpha: no window, no horizon, less power against a small shift.
 //!
@@ -41,10 +41,12 @@
 //! Left out on purpose: clocks (time is an argument), re-learning (an alarm stays; a new baseline gets a
 //! new monitor), adjustment for covariates: if the prompts drift, so do the answers.
 
+mod drivers;
 mod martingale;
 mod monitor;
 mod shift;
 
+pub use drivers::{Driver, Drivers, MAX_WORD_BYTES, Place, Side, Sums, contributions, leading_messages};
 pub use martingale::{ConformalMartingale, MartingaleOptions, MartingaleState};
 pub use monitor::{
     Budget, DriftError, DriftMonitor, DriftOptions, DriftVerdict, Extent, MAX_ROWS, MIN_WINDOW_ROWS,

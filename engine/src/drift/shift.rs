@@ -125,11 +125,11 @@ pub fn shift_test(
     let rows: Vec<Row> = window.iter().chain(reference).copied().collect();
     let mut pool = vec![[0i32; LANES]; count];
     for (k, statistic) in STATISTICS.into_iter().enumerate() {
-        let ranks = centred_ranks(&rows, statistic);
-        let squares = centred_squares(&ranks);
-        for ((lanes, location), spread) in pool.iter_mut().zip(scaled(&ranks)).zip(scaled(&squares)) {
-            if let Some([a, b]) = lanes.get_mut(2 * k..2 * k + 2) {
-                (*a, *b) = (location, spread);
+        for (aspect, lane) in [Aspect::Location, Aspect::Spread].into_iter().zip(2 * k..) {
+            for (lanes, value) in pool.iter_mut().zip(column(&rows, statistic, aspect)) {
+                if let Some(slot) = lanes.get_mut(lane) {
+                    *slot = value;
+                }
             }
         }
     }
@@ -208,6 +208,15 @@ fn added(mut sums: [i32; LANES], row: &[i32; LANES]) -> [i32; LANES] {
         *sum = sum.wrapping_add(*lane);
     }
     sums
+}
+
+/// What each row adds to a linear rank statistic: centred ranks or their centred squares, scaled.
+pub(super) fn column(rows: &[Row], statistic: Statistic, aspect: Aspect) -> Vec<i32> {
+    let ranks = centred_ranks(rows, statistic);
+    match aspect {
+        Aspect::Location => scaled(&ranks).collect(),
+        Aspect::Spread => scaled(&centred_squares(&ranks)).collect(),
+    }
 }
 
 /// Twice the mid-rank less its mean: integers that sum to 0, between -(N - 1) and N - 1.
