@@ -10,6 +10,9 @@
 //! [`calibrate`] (scores to conformal p-values) → [`baseline`] (train, freeze, encode, digest) →
 //! [`detector`] (learn / score state machine per stream) → [`evidence`] (the verdict).
 //!
+//! Over many messages: [`significance`] (which share of the alarms is false), [`drift`] (has the stream moved),
+//! [`adapt`] (baselines that follow it).
+//!
 //! Beside it [`adapters`] (classical compressors as code lengths) and [`metrics`] (what is computed from
 //! code lengths), for distances, evaluation and cross-checks.
 //!
@@ -25,6 +28,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod adapt;
 pub mod adapters;
 pub mod baseline;
 pub mod calibrate;

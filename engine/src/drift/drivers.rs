@@ -165,9 +165,8 @@ fn contribution(statistic: Statistic, sums: &[Sums; 2], totals: &[Sums; 2]) -> i
         Statistic::TotalCost => difference(|sums| sums.cost, messages, 16),
         Statistic::CostPerByte => {
             // 1/256 bit a byte to 1/65536 bit a byte is a shift of 8.
-            let rate = |all: &Sums| {
-                (i128::from(all.cost) << 24).checked_div(i128::from(all.bytes)).unwrap_or(0)
-            };
+            let rate =
+                |all: &Sums| (i128::from(all.cost) << 24).checked_div(i128::from(all.bytes)).unwrap_or(0);
             let mean_rate = (rate(all_reference) + rate(all_window)) / 2;
             let grown = difference(|sums| sums.bytes, |all| all.bytes, 32);
             difference(|sums| sums.cost, |all| all.bytes, 24) - ((mean_rate * grown) >> 32)
@@ -252,9 +251,8 @@ impl Drivers {
                 None if full => &mut self.others,
                 None => self.words.entry(name).or_default(),
             };
-            account.add(side, message, (end - start) as u64, cost_of(start, end), || {
-                place(start, start + word)
-            });
+            account
+                .add(side, message, (end - start) as u64, cost_of(start, end), || place(start, start + word));
             start = end;
         }
     }
@@ -305,8 +303,12 @@ pub fn leading_messages(
         Moved::Neither => i64::from(term).abs(),
     };
     let terms = contributions(reference, window, statistic, aspect);
-    let mut order: Vec<(i64, usize)> =
-        terms.into_iter().zip(0..).map(|(term, at)| (towards(term), at)).filter(|(term, _)| *term > 0).collect();
+    let mut order: Vec<(i64, usize)> = terms
+        .into_iter()
+        .zip(0..)
+        .map(|(term, at)| (towards(term), at))
+        .filter(|(term, _)| *term > 0)
+        .collect();
     order.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
     order.truncate(most);
     order.into_iter().map(|(_, at)| at).collect()
