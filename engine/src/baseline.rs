@@ -238,9 +238,7 @@ impl Models {
 }
 
 fn score(model: &UnitModel, text: &[u8]) -> UnitScores {
-    let mut scorer = UnitScorer::new(model);
-    scorer.push(model, text, 0);
-    scorer.finish(model)
+    UnitScorer::new(model).finish_with(model, text, 0)
 }
 
 /// What normal units of one kind look like.

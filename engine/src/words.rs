@@ -20,6 +20,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::bitmap::{Block64, below, digits, equal, letters};
 use crate::coder::mix;
 
 /// Bits of the filter for each word or pair.
@@ -271,24 +272,37 @@ impl Hasher {
         }
     }
 
-    /// Bytes of a run that begins with them.
+    /// The hash of a run of letters and digits on its own, which starts at `from` and has `len` bytes.
     #[inline(always)]
-    fn push_all(&mut self, bytes: &[u8]) {
+    fn of(text: &[u8], from: usize, len: usize) -> u64 {
         const FOLD: u64 = 0x2020_2020_2020_2020;
-        let (chunks, rest) = bytes.as_chunks::<8>();
+        if len < 8
+            && let Some(chunk) = text.get(from..).and_then(<[u8]>::first_chunk::<8>)
+        {
+            let packed = (u64::from_be_bytes(*chunk) | FOLD) >> (64 - 8 * len as u32);
+            return Self { mixed: 0, packed, len: len as u32 }.hash();
+        }
+        let mut hasher = Self::default();
+        let (chunks, rest) = text.get(from..from + len).unwrap_or_default().as_chunks::<8>();
         for chunk in chunks {
-            self.mixed = mix(self.mixed ^ (u64::from_be_bytes(*chunk) | FOLD));
+            hasher.mixed = mix(hasher.mixed ^ (u64::from_be_bytes(*chunk) | FOLD));
         }
         for &byte in rest {
-            self.packed = self.packed << 8 | u64::from(byte | 0x20);
+            hasher.packed = hasher.packed << 8 | u64::from(byte | 0x20);
         }
-        self.len += bytes.len() as u32;
+        hasher.len = len as u32;
+        hasher.hash()
+    }
+
+    #[inline(always)]
+    fn hash(&self) -> u64 {
+        mix(self.mixed.wrapping_add(self.packed) ^ u64::from(self.len) << 56)
     }
 
     /// The hash, if there was a byte; starts anew.
     #[inline(always)]
     fn take(&mut self) -> Option<u64> {
-        let hash = mix(self.mixed.wrapping_add(self.packed) ^ u64::from(self.len) << 56);
+        let hash = self.hash();
         (core::mem::take(self).len > 0).then_some(hash)
     }
 }
@@ -304,49 +318,81 @@ struct Words {
 }
 
 impl Words {
-    #[inline(always)]
     fn push(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) {
-        let mut rest = text;
-        while let Some((&byte, behind)) = rest.split_first() {
-            let class = class_of(byte);
+        let mut at = 0;
+        while at < text.len() {
+            let rest = text.get(at..).unwrap_or_default();
             if self.mixed || self.escaped || self.any.len > 0 {
-                match class {
-                    LETTER if !self.mixed && !self.escaped => self.any.push(byte),
-                    _ => self.unusual(byte, class, emit),
-                }
-                rest = behind;
-                continue;
-            }
-            match class {
-                // The common cases: separators, and a run of letters alone.
-                0 => {
-                    let len = behind.iter().position(|&byte| class_of(byte) != 0).unwrap_or(behind.len());
-                    rest = behind.get(len..).unwrap_or_default();
-                }
-                LETTER => {
-                    let len = rest.iter().position(|&byte| class_of(byte) != LETTER).unwrap_or(rest.len());
-                    let (run, behind) = rest.split_at(len);
-                    self.any.push_all(run);
-                    rest = behind;
-                    if let Some((&byte, behind)) = rest.split_first()
-                        && class_of(byte) == 0
-                    {
-                        rest = behind;
-                        self.any.take().into_iter().for_each(|hash| emit(Word::Both(hash)));
-                    }
-                }
-                _ => {
-                    self.unusual(byte, class, emit);
-                    rest = behind;
-                }
+                at += self.go_on(rest, emit);
+            } else {
+                at += self.runs(rest, emit);
             }
         }
     }
 
+    /// The run or escape under way, byte by byte; how many bytes it took.
     #[inline(never)]
-    fn unusual(&mut self, byte: u8, class: u8, emit: &mut impl FnMut(Word)) {
+    fn go_on(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) -> usize {
+        for (taken, &byte) in text.iter().enumerate() {
+            if !self.mixed && !self.escaped && self.any.len == 0 {
+                return taken;
+            }
+            self.byte(byte, emit);
+        }
+        text.len()
+    }
+
+    /// The runs of the next 64 bytes, with nothing under way; how many bytes they took.
+    #[inline(always)]
+    fn runs(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) -> usize {
+        let block = Block64::new(text);
+        // The top bit of a flag is what counts, and bytes above 127 have it.
+        let letters = block.bits(|bytes| letters(bytes) | bytes);
+        let digits = block.bits(digits);
+        let apostrophes = block.bits(|bytes| equal(bytes, b'\''));
+        let escapes = block.bits(|bytes| equal(bytes, b'\\'));
+        // Up to an escape, which ends a run.
+        let len = (escapes.trailing_zeros() as usize).min(text.len());
+        let escape = escapes != 0;
+        let mut parts = (letters | digits | apostrophes) & below(len);
+        while parts != 0 {
+            let start = parts.trailing_zeros() as usize;
+            let end = start + (!(parts >> start)).trailing_zeros() as usize;
+            let run = below(end) & !below(start);
+            parts &= !run;
+            if end >= len && !escape {
+                // It may go on behind this block: again from its start, unless that leads nowhere.
+                if start > 0 && len < text.len() {
+                    return start;
+                }
+                for &byte in text.get(start..end).unwrap_or_default() {
+                    self.byte(byte, emit);
+                }
+            } else if run & !letters == 0 {
+                emit(Word::Both(Hasher::of(text, start, end - start)));
+            } else if run & !digits == 0 {
+                emit(Word::Any(Hasher::of(text, start, end - start)));
+            } else {
+                for &byte in text.get(start..end).unwrap_or_default() {
+                    self.byte(byte, emit);
+                }
+                self.end(emit);
+            }
+        }
+        self.escaped = escape;
+        len + usize::from(escape)
+    }
+
+    /// The next byte, whatever is under way.
+    #[inline(never)]
+    fn byte(&mut self, byte: u8, emit: &mut impl FnMut(Word)) {
         if self.escaped {
             self.escaped = false;
+            return;
+        }
+        let class = class_of(byte);
+        if class == LETTER && !self.mixed {
+            self.any.push(byte);
             return;
         }
         if !self.mixed && matches!(class, DIGIT | APOSTROPHE) {

@@ -181,6 +181,11 @@ impl ClassSet {
         Self(self.0 & other.0)
     }
 
+    /// Whether each class of `other` is in it.
+    pub const fn contains_all(self, other: Self) -> bool {
+        other.0 & !self.0 == 0
+    }
+
     /// Whether any class is in both.
     pub const fn intersects(self, other: Self) -> bool {
         self.0 & other.0 != 0

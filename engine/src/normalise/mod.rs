@@ -27,6 +27,7 @@
 
 mod automaton;
 mod class;
+mod find;
 mod personal;
 mod rewrite;
 mod scan;

@@ -51,6 +51,11 @@ impl Normaliser {
         self.scanner.push(text, body_offset, &mut |found| mark(found, emit));
     }
 
+    /// Takes the text's last bytes and ends it.
+    pub fn finish_with(self, text: &[u8], body_offset: u64, emit: &mut impl FnMut(Piece<'_>)) {
+        self.scanner.finish_with(text, body_offset, &mut |found| mark(found, emit));
+    }
+
     /// Ends the text.
     pub fn finish(self, emit: &mut impl FnMut(Piece<'_>)) {
         self.scanner.finish(&mut |found| mark(found, emit));

@@ -8,9 +8,11 @@
 //! Cost: see [`super::automaton`]; at a seam between pieces up to three windows are copied once.
 
 use alloc::vec::Vec;
+use core::cell::Cell;
 
-use super::automaton::{HEX, Stop, WORD, is, next_stop, run};
+use super::automaton::{self, HEX, WORD, is, run};
 use super::class::{Class, ClassSet};
+use super::find::{self, NARROW, Stop, Why};
 use super::token::{self, Left, Tail, WINDOW};
 
 /// What the scanner found next.
@@ -121,6 +123,20 @@ impl Scanner {
         }
     }
 
+    /// Takes the text's last bytes and ends it: as [`Self::push`] and [`Self::finish`], but what comes in
+    /// one piece is looked at once.
+    pub fn finish_with(mut self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
+        if !self.kept.is_empty() {
+            self.push(text, body_offset, found);
+            return self.finish(found);
+        }
+        if !text.is_empty() {
+            self.note_origin(body_offset);
+            self.received += text.len() as u64;
+        }
+        self.scan(text, true, found);
+    }
+
     /// Says what was still undecided: the text has ended.
     pub fn finish(mut self, found: &mut impl FnMut(Found<'_>)) {
         let kept = core::mem::take(&mut self.kept);
@@ -184,36 +200,31 @@ impl Scanner {
                 }
                 self.in_word = false;
             }
-            let start = match next_stop(text, at) {
-                Stop::End => break text.len(),
-                Stop::Pending(start) if at_end || text.len() - start >= WINDOW => {
+            let stop = self.next(text, at, boundary == Some(at), at_end);
+            let start = stop.at;
+            if stop.behind_escape {
+                boundary = Some(start);
+            }
+            match stop.why {
+                Why::End => break text.len(),
+                Why::Pending if at_end || text.len() - start >= WINDOW => {
                     // So many letters, or such an end: no token starts like that.
                     let word_end = run(text, start, WORD);
                     self.in_word = word_end == text.len();
                     break if at_end { text.len() } else { word_end };
                 }
-                Stop::Pending(start) => break start,
-                Stop::Escape(start) => match escape(text.get(start..).unwrap_or_default()) {
-                    None if !at_end => break start,
-                    len => {
-                        at = (start + len.unwrap_or(1)).min(text.len());
-                        boundary = Some(at);
-                        continue;
-                    }
-                },
-                Stop::Word(start) => start,
-            };
+                Why::Pending => break start,
+                Why::Word => {}
+            }
             let window = text.get(start..).unwrap_or_default();
-            if let Some(len) = token::skip(self.classes, window) {
-                at = start + len;
-                continue;
-            }
-            if window.len() < WINDOW && !at_end {
-                break start;
-            }
             let window = window.get(..WINDOW).unwrap_or(window);
             let left = left_at(boundary, start);
-            if let Some(found_here) = token::at(self.classes, left, window) {
+            let looked_behind = Cell::new(false);
+            let token = token::at(self.classes, left, window, &looked_behind);
+            if looked_behind.get() && window.len() < WINDOW && !at_end {
+                break start;
+            }
+            if let Some(found_here) = token {
                 let from = start + found_here.lead;
                 at = from + found_here.len;
                 self.tell(text, told, from, found);
@@ -238,6 +249,35 @@ impl Scanner {
         let covering = self.origins.iter().rposition(|origin| origin.offset <= self.offset);
         self.origins.drain(..covering.unwrap_or(0));
         decided
+    }
+
+    /// Where the next token may start, from `at` on.
+    fn next(&self, text: &[u8], mut at: usize, mut behind_escape: bool, at_end: bool) -> Stop {
+        if NARROW.contains_all(self.classes) {
+            return find::next(text, at, behind_escape, at_end);
+        }
+        loop {
+            let (why, start) = match automaton::next_stop(text, at) {
+                automaton::Stop::End => (Why::End, text.len()),
+                automaton::Stop::Pending(start) => (Why::Pending, start),
+                automaton::Stop::Word(start) => (Why::Word, start),
+                automaton::Stop::Escape(start) => match escape(text.get(start..).unwrap_or_default()) {
+                    None if !at_end => (Why::Pending, start),
+                    len => {
+                        at = (start + len.unwrap_or(1)).min(text.len());
+                        behind_escape = true;
+                        continue;
+                    }
+                },
+            };
+            if why == Why::Word
+                && let Some(len) = token::skip(self.classes, text.get(start..).unwrap_or_default())
+            {
+                (at, behind_escape) = (start + len, false);
+                continue;
+            }
+            return Stop { why, at: start, behind_escape: behind_escape && start == at };
+        }
     }
 
     /// Emits `text[from..to]`, split where its origin jumps.
@@ -265,7 +305,7 @@ fn left_of(before: Left, text: &[u8], at: usize) -> Left {
 
 /// Length of the escape at the front of `text`: `\n`, `\u0026`, `%3D`; 1 if it is none, nothing if more
 /// of the text has to be seen. Text inside a tool call's arguments or a query is escaped once more.
-fn escape(text: &[u8]) -> Option<usize> {
+pub(super) fn escape(text: &[u8]) -> Option<usize> {
     let hex = |from: usize, count: usize| {
         text.get(from..from + count).map(|digits| digits.iter().all(|&b| is(b, HEX)))
     };

@@ -5,6 +5,8 @@
 //! by a letter or digit. A run without bound (a key, a blob) is judged by its first [`HORIZON`] bytes;
 //! the rest of it is then consumed byte by byte.
 
+use core::cell::Cell;
+
 use super::automaton::{BASE64_URL, DASH_LOW, DIGIT, LOWER, PEM, PLUS_SLASH, UPPER, WORD, is, kinds_of, run};
 use super::class::{Class, ClassSet};
 use super::{personal, secrets, volatile};
@@ -132,12 +134,14 @@ pub(super) struct Word<'a> {
     pub(super) after: u8,
     /// The word's first byte.
     pub(super) first: u8,
+    /// Set when what is said depends on the window's end, which more text may move.
+    pub(super) looked_behind: &'a Cell<bool>,
 }
 
 impl Word<'_> {
     /// The byte at `at`; 0 behind the end, which ends a word as the end does.
     pub(super) fn byte(&self, at: usize) -> u8 {
-        self.window.get(at).copied().unwrap_or(0)
+        self.window.get(at).copied().unwrap_or_else(|| self.behind())
     }
 
     /// Whether a token may end before `at`.
@@ -147,7 +151,18 @@ impl Word<'_> {
 
     /// Where the run of `kinds` from `from` ends.
     pub(super) fn run(&self, from: usize, kinds: u16) -> usize {
-        run(self.window, from, kinds)
+        let end = run(self.window, from, kinds);
+        if end >= self.window.len() {
+            self.behind();
+        }
+        end
+    }
+
+    /// What stands behind the window: nothing that is known.
+    #[cold]
+    fn behind(&self) -> u8 {
+        self.looked_behind.set(true);
+        0
     }
 
     /// Where the run of `kinds` from `from` ends if it has `min` to `max` bytes.
@@ -158,11 +173,17 @@ impl Word<'_> {
 
     /// The bytes from `from` to `to`, or to the end of the window.
     pub(super) fn slice(&self, from: usize, to: usize) -> &[u8] {
+        if to > self.window.len() {
+            self.behind();
+        }
         self.window.get(from..to.min(self.window.len())).unwrap_or_default()
     }
 
     /// Whether the window has `text` at `at`.
     pub(super) fn has(&self, at: usize, text: &[u8]) -> bool {
+        if at + text.len() > self.window.len() {
+            self.behind();
+        }
         self.window.get(at..).is_some_and(|rest| rest.starts_with(text))
     }
 }
@@ -242,12 +263,20 @@ pub(super) fn skip(classes: ClassSet, text: &[u8]) -> Option<usize> {
         return Some(chain);
     }
     let len = word_end.filter(|&end| end > 0)?;
-    let word = Word { window: text, left: Left::NONE, len, after: *text.get(len)?, first: *text.first()? };
+    let word = Word {
+        window: text,
+        left: Left::NONE,
+        len,
+        after: *text.get(len)?,
+        first: *text.first()?,
+        looked_behind: &Cell::new(false),
+    };
     if candidates(&word).intersects(classes) { None } else { Some(len) }
 }
 
-/// The token of highest precedence among `classes` at the start of `window`.
-pub(super) fn at(classes: ClassSet, left: Left, window: &[u8]) -> Option<Match> {
+/// The token of highest precedence among `classes` at the start of `window`. `looked_behind` is set if
+/// more text could change that.
+pub(super) fn at(classes: ClassSet, left: Left, window: &[u8], looked_behind: &Cell<bool>) -> Option<Match> {
     let len = run(window, 0, WORD);
     let word = Word {
         window,
@@ -255,7 +284,11 @@ pub(super) fn at(classes: ClassSet, left: Left, window: &[u8]) -> Option<Match> 
         len,
         after: window.get(len).copied().unwrap_or(0),
         first: window.first().copied()?,
+        looked_behind,
     };
+    if len == window.len() {
+        word.behind();
+    }
     // Bit by bit from the lowest, which is the highest precedence.
     let mut candidates = candidates(&word).intersection(classes).bits();
     while candidates != 0 {

@@ -18,6 +18,9 @@ const MIN_LETTER_ID: usize = 16;
 /// Most characters of a JWT's header that are looked through for its end.
 const MAX_JWT_HEADER: usize = 180;
 
+/// Fewest characters of a date and time without signs, and of a ULID.
+pub(super) const MIN_COMPACT_TIME: usize = 15;
+
 /// Prefixes of identifiers, by the bytes before the separator that the table holds too.
 const ID_PREFIXES: [&[u8]; 32] = [
     b"chatcmpl-",
@@ -53,6 +56,21 @@ const ID_PREFIXES: [&[u8]; 32] = [
     b"cus_",
     b"embd-",
 ];
+
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
+/// The initials (as bits, by their lowest five bits) of identifiers' prefixes, by the prefix's length
+/// before its separator.
+pub(super) const PREFIX_INITIALS: [u32; 16] = {
+    let mut initials = [0; 16];
+    let mut i = 0;
+    while i < ID_PREFIXES.len() {
+        if let (Some((_, before)), Some(first)) = (ID_PREFIXES[i].split_last(), ID_PREFIXES[i].first()) {
+            initials[before.len()] |= 1 << (*first & 31);
+        }
+        i += 1;
+    }
+    initials
+};
 
 type Found = Option<Shape>;
 
@@ -136,7 +154,7 @@ pub(super) fn timestamp(word: &Word<'_>) -> Found {
         if matches!(word.byte(10), b'T' | b't' | b' ') {
             extended_time(word, 11, &mut accept);
         }
-    } else if word.len >= 15 && word.byte(8) == b'T' && four_digits(word, 0) {
+    } else if word.len >= MIN_COMPACT_TIME && word.byte(8) == b'T' && four_digits(word, 0) {
         two(word, 4, 1, 12)?;
         two(word, 6, 1, 31)?;
         two(word, 9, 0, 24)?;

@@ -1,0 +1,182 @@
+//! Finds where one of a few narrow classes of token may start, 64 bytes at a time.
+//!
+//! What: for [`NARROW`] classes (all of [`super::DEFAULT_NORMALISED`]) the first word of a token is told
+//! by its length, its first byte and the byte behind it: eight characters and a hyphen for a UUID, ten
+//! digits for an epoch, a known prefix for an identifier, signs up to an `@` for a mail address. Letters,
+//! digits and signs are found as bit sets (see [`crate::bitmap`]), so only words that begin with a digit
+//! or that a sign follows are looked at.
+//!
+//! Why: it is the way that every scored byte takes. [`super::automaton`] knows all classes and stops for
+//! most words with a digit, which costs more than the coder.
+//!
+//! Cost: about three instructions a byte, twenty for each word that is looked at.
+//!
+//! Left out on purpose: other classes; what they can start with is too much for it to pay.
+
+use super::class::{Class, ClassSet};
+use super::scan::escape;
+use super::volatile::{MIN_COMPACT_TIME, PREFIX_INITIALS};
+use crate::bitmap::{Block64, below, digits, equal, letters};
+
+/// What this can find.
+pub(super) const NARROW: ClassSet = ClassSet::NONE
+    .with(Class::Email)
+    .with(Class::Traceparent)
+    .with(Class::Uuid)
+    .with(Class::Timestamp)
+    .with(Class::HttpDate)
+    .with(Class::Epoch)
+    .with(Class::Id);
+
+/// Why the search stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// A word that may start a token.
+    Word,
+    /// A word or an escape that more text may go on with.
+    Pending,
+    /// The end of the text, and nothing is open.
+    End,
+}
+
+/// Where the search stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stop {
+    pub(super) why: Why,
+    pub(super) at: usize,
+    /// An escape stands right before it.
+    pub(super) behind_escape: bool,
+}
+
+/// Looks from `from` on, which is not inside a word; `behind_escape` tells what stands before it.
+pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end: bool) -> Stop {
+    loop {
+        let rest = text.get(from..).unwrap_or_default();
+        let stop = |why, at, behind_escape| Stop { why, at: from + at, behind_escape };
+        if rest.is_empty() {
+            return stop(Why::End, 0, behind_escape);
+        }
+        let block = Block64::new(rest);
+        let mut len = rest.len().min(64);
+        let is_digit = block.bits(digits);
+        let mut words = block.bits(letters) | is_digit;
+        let percents = block.bits(|bytes| equal(bytes, b'%'));
+        let ats = block.bits(|bytes| equal(bytes, b'@'));
+        let local_signs = block
+            .bits(|bytes| equal(bytes, b'.') | equal(bytes, b'+') | equal(bytes, b'-') | equal(bytes, b'_'));
+        let mut escapes = percents | block.bits(|bytes| equal(bytes, b'\\'));
+        // Bit i is set if an escape ends before byte i.
+        let mut boundaries = u64::from(behind_escape);
+        let mut open_escape = false;
+        let mut reach = len;
+        let mut last_escape_end = 0;
+        while escapes != 0 {
+            let at = escapes.trailing_zeros() as usize;
+            let Some(taken) = escape(rest.get(at..).unwrap_or_default()).or(at_end.then_some(1)) else {
+                (len, reach, open_escape) = (at, at, true);
+                break;
+            };
+            last_escape_end = at + taken;
+            let inside = below(last_escape_end) & !below(at);
+            words &= !inside;
+            escapes &= !inside;
+            boundaries |= 1u64.checked_shl(last_escape_end as u32).unwrap_or(0);
+            reach = reach.max(last_escape_end);
+        }
+        words &= below(len);
+        let text_ends = len == rest.len() || open_escape;
+        // A word that the block or the text cuts waits for the next block or more text.
+        let cut = reach == len
+            && len.checked_sub(1).is_some_and(|last| words >> last & 1 == 1)
+            && !(text_ends && at_end);
+        let cut_at = 64 - (!words & below(len)).leading_zeros() as usize;
+        if cut && cut_at == 0 && !text_ends {
+            // So long a word is looked at as a whole by whoever asks.
+            return stop(Why::Word, 0, behind_escape);
+        }
+        let local = words | local_signs;
+        if cut {
+            words &= below(cut_at);
+        }
+
+        let starts = words & !(words << 1);
+        let mut look = starts & is_digit;
+        let mut signed = (words << 1) & !words & (local_signs | ats | percents);
+        while signed != 0 {
+            let gaps = !words & (below(signed.trailing_zeros() as usize));
+            look |= 1 << (64 - gaps.leading_zeros());
+            signed &= signed - 1;
+        }
+        while look != 0 {
+            let start = look.trailing_zeros() as usize;
+            look &= look - 1;
+            let end = start + (!(words >> start)).trailing_zeros() as usize;
+            let all_digits = (!(is_digit >> start)).trailing_zeros() as usize >= end - start;
+            let word = Word { start, end, all_digits, local, len, open: !(text_ends && at_end) };
+            if word.may_start_token(rest) {
+                return stop(Why::Word, start, boundaries >> start & 1 == 1);
+            }
+        }
+
+        let (start, behind) = if cut {
+            (cut_at, boundaries >> cut_at & 1 == 1)
+        } else {
+            let behind = if reach == 0 { behind_escape } else { last_escape_end == reach };
+            (reach, behind)
+        };
+        if text_ends && (cut || open_escape) {
+            return stop(Why::Pending, start, behind);
+        }
+        (from, behind_escape) = (from + start, behind);
+    }
+}
+
+/// A whole word in a block.
+struct Word {
+    start: usize,
+    end: usize,
+    all_digits: bool,
+    /// What a mail address may have before its `@`.
+    local: u64,
+    /// Of the block.
+    len: usize,
+    /// More text may come behind the block.
+    open: bool,
+}
+
+impl Word {
+    #[inline(always)]
+    fn may_start_token(&self, text: &[u8]) -> bool {
+        let len = self.end - self.start;
+        let byte = |at: usize| text.get(at).copied().unwrap_or(0);
+        let (first, after) = (byte(self.start), byte(self.end));
+        if first.is_ascii_digit() {
+            let epoch = self.all_digits && matches!(len, 10 | 13);
+            let date = len == 2 && after == b' ' || len == 4 && after == b'-';
+            if epoch || date || len >= MIN_COMPACT_TIME {
+                return true;
+            }
+        }
+        match after {
+            b'-' if matches!(len, 2 | 8) => return true,
+            b'-' | b'_' => {
+                let initials = PREFIX_INITIALS.get(len).copied().unwrap_or(0);
+                if initials >> (first & 31) & 1 == 1 && first >= b'a' {
+                    return true;
+                }
+            }
+            b'@' | b'.' | b'+' | b'%' => {}
+            _ => return false,
+        }
+        let local_end =
+            self.end + (!(self.local.checked_shr(self.end as u32).unwrap_or(0))).trailing_zeros() as usize;
+        if local_end >= self.len {
+            return self.open;
+        }
+        match byte(local_end) {
+            b'@' => true,
+            b'%' => text.get(local_end + 1..local_end + 3).map_or(self.open, |hex| hex == b"40"),
+            _ => false,
+        }
+    }
+}
