@@ -9,7 +9,7 @@
 //! Cost: vector instructions, by the crate `wide`, where the target has them (x86-64, aarch64, wasm32 with
 //! simd128): under one instruction a byte for a class of bytes. Elsewhere loops, with the same result.
 
-use wide::{CmpEq, u8x16};
+use wide::u8x16;
 
 /// Up to 64 bytes of text; the rest is zero.
 #[derive(Clone, Copy, Debug)]

@@ -443,10 +443,7 @@ impl Accounts {
             start = segment.end;
         }
         self.words.push(&model.vocabulary, text);
-        let highest = block.costs().iter().copied().max().unwrap_or(0);
-        if self.height > 0 || u32::from(highest) > self.reference {
-            self.find_spans(block.costs(), gathered);
-        }
+        self.find_spans(block.costs(), gathered);
         (gathered.len, gathered.used) = (0, 0);
     }
 
@@ -458,8 +455,12 @@ impl Accounts {
         if excess > 0 {
             let variance =
                 u64::from(moments.variance).saturating_mul(self.field_bytes).saturating_add(8 << 16);
-            let squared = u128::from(excess) * u128::from(excess) * 256 / u128::from(variance);
-            self.scores.field_sum = self.scores.field_sum.saturating_add(squared.min(1 << 48) as u64);
+            let squared = if excess < 1 << 28 {
+                excess * excess * 256 / variance
+            } else {
+                (u128::from(excess) * u128::from(excess) * 256 / u128::from(variance)).min(1 << 48) as u64
+            };
+            self.scores.field_sum = self.scores.field_sum.saturating_add(squared.min(1 << 48));
         }
         (self.field_cost, self.field_bytes) = (0, 0);
     }
@@ -481,33 +482,50 @@ impl Accounts {
         self.keep_current();
     }
 
-    #[inline(never)]
+    /// Follows the CUSUM over the costs of what was gathered.
     fn find_spans(&mut self, costs: &[u16], gathered: &Gathered) {
-        for (i, &cost) in costs.iter().enumerate() {
+        let mut from = 0;
+        loop {
             if self.height == 0 {
-                if u32::from(cost) <= self.reference {
-                    continue;
-                }
+                // Below the reference it stays at zero.
+                let rest = costs.get(from..).unwrap_or_default();
+                let Some(skipped) = first_above(rest, self.reference) else { return };
+                from += skipped;
                 self.keep_current();
-                let source = gathered.source(i);
-                self.current = ExcessSpan {
-                    start: source.start,
-                    body_start: source.body_start,
-                    ..ExcessSpan::default()
-                };
+                let source = gathered.source(from);
+                let (start, body_start) = (source.start, source.body_start);
+                self.current = ExcessSpan { start, body_start, ..ExcessSpan::default() };
                 self.running_cost = 0;
             }
-            let cost = u64::from(cost);
-            self.running_cost += cost;
-            self.height = (self.height + cost).saturating_sub(u64::from(self.reference));
-            if self.height > self.current.excess {
-                let source = gathered.source(i);
-                self.current.excess = self.height;
-                self.current.cost = self.running_cost;
-                self.current.end = source.end;
-                self.current.body_end = source.body_end;
+            from = self.follow_excursion(costs, from, gathered);
+            if from >= costs.len() {
+                return;
             }
         }
+    }
+
+    /// Follows the excursion under way to its end, or to that of the costs; returns where that is.
+    fn follow_excursion(&mut self, costs: &[u16], from: usize, gathered: &Gathered) -> usize {
+        let reference = u64::from(self.reference);
+        let mut highest = None;
+        let mut end = from;
+        for (&cost, i) in costs.get(from..).unwrap_or_default().iter().zip(from..) {
+            end = i + 1;
+            self.running_cost += u64::from(cost);
+            self.height = (self.height + u64::from(cost)).saturating_sub(reference);
+            if self.height > self.current.excess {
+                (self.current.excess, self.current.cost) = (self.height, self.running_cost);
+                highest = Some(i);
+            }
+            if self.height == 0 {
+                break;
+            }
+        }
+        if let Some(highest) = highest {
+            let source = gathered.source(highest);
+            (self.current.end, self.current.body_end) = (source.end, source.body_end);
+        }
+        end
     }
 
     /// Files the finished excursion among the largest; an earlier one wins a tie.
@@ -519,6 +537,19 @@ impl Accounts {
             }
         }
     }
+}
+
+/// Where the first cost above `reference` stands.
+#[inline(always)]
+fn first_above(costs: &[u16], reference: u32) -> Option<usize> {
+    let reference = u16::try_from(reference).unwrap_or(u16::MAX);
+    let (chunks, _) = costs.as_chunks::<16>();
+    // Sixteen at once; most have none.
+    let clear =
+        chunks.iter().take_while(|chunk| chunk.iter().fold(0, |high, &cost| cost.max(high)) <= reference);
+    let clear = 16 * clear.count();
+    let rest = costs.get(clear..).unwrap_or_default();
+    rest.iter().position(|&cost| cost > reference).map(|at| clear + at)
 }
 
 #[cfg(test)]

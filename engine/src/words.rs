@@ -307,6 +307,59 @@ impl Hasher {
     }
 }
 
+/// A run of letters, digits and apostrophes, and which of them it holds.
+struct Run {
+    start: usize,
+    letters: bool,
+    digits: bool,
+    apostrophes: bool,
+}
+
+impl Run {
+    #[inline(always)]
+    fn is_empty(&self) -> bool {
+        !(self.letters | self.digits | self.apostrophes)
+    }
+
+    /// Its words, if there is one; it ends before `end`. Starts anew.
+    #[inline(never)]
+    fn emit(&mut self, text: &[u8], end: usize, emit: &mut impl FnMut(Word)) {
+        let len = end - self.start;
+        if self.is_empty() {
+            return;
+        }
+        if !self.apostrophes {
+            let hash = Hasher::of(text, self.start, len);
+            emit(if self.digits { Word::Any(hash) } else { Word::Both(hash) });
+        }
+        if self.apostrophes || self.letters && self.digits {
+            self.emit_parts(text.get(..end).unwrap_or_default(), emit);
+        }
+        (self.letters, self.digits, self.apostrophes) = (false, false, false);
+    }
+
+    /// The words of a mixed run at the end of `text`, but for the whole of it if it has no apostrophe.
+    #[inline(never)]
+    fn emit_parts(&self, text: &[u8], emit: &mut impl FnMut(Word)) {
+        let mut parts = |parts: u8, word: fn(u64) -> Word| {
+            let mut at = self.start;
+            while let Some(rest) = text.get(at..)
+                && !rest.is_empty()
+            {
+                let len = rest.iter().position(|&byte| class_of(byte) & parts == 0).unwrap_or(rest.len());
+                if len > 0 {
+                    emit(word(Hasher::of(text, at, len)));
+                }
+                at += len + 1;
+            }
+        };
+        parts(LETTER | APOSTROPHE, Word::Letters);
+        if self.apostrophes {
+            parts(LETTER | DIGIT, Word::Any);
+        }
+    }
+}
+
 /// Cuts text into words.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Words {
@@ -331,7 +384,6 @@ impl Words {
     }
 
     /// The run or escape under way, byte by byte; how many bytes it took.
-    #[inline(never)]
     fn go_on(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) -> usize {
         for (taken, &byte) in text.iter().enumerate() {
             if !self.mixed && !self.escaped && self.any.len == 0 {
@@ -342,45 +394,53 @@ impl Words {
         text.len()
     }
 
-    /// The runs of the next 64 bytes, with nothing under way; how many bytes they took.
-    #[inline(always)]
+    /// The runs up to the next escape, with nothing under way; how many bytes they and it took.
     fn runs(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) -> usize {
-        let block = Block64::new(text);
-        // The top bit of a flag is what counts, and bytes above 127 have it.
-        let letters = block.bits(|bytes| letters(bytes) | bytes);
-        let digits = block.bits(digits);
-        let apostrophes = block.bits(|bytes| equal(bytes, b'\''));
-        let escapes = block.bits(|bytes| equal(bytes, b'\\'));
-        // Up to an escape, which ends a run.
-        let len = (escapes.trailing_zeros() as usize).min(text.len());
-        let escape = escapes != 0;
-        let mut parts = (letters | digits | apostrophes) & below(len);
-        while parts != 0 {
-            let start = parts.trailing_zeros() as usize;
-            let end = start + (!(parts >> start)).trailing_zeros() as usize;
-            let run = below(end) & !below(start);
-            parts &= !run;
-            if end >= len && !escape {
-                // It may go on behind this block: again from its start, unless that leads nowhere.
-                if start > 0 && len < text.len() {
-                    return start;
+        let mut run = Run { start: 0, letters: false, digits: false, apostrophes: false };
+        let mut base = 0;
+        while let Some(rest) = text.get(base..)
+            && !rest.is_empty()
+        {
+            let block = Block64::new(rest);
+            // The top bit of a flag is what counts, and bytes above 127 have it.
+            let letters = block.bits(|bytes| letters(bytes) | bytes);
+            let digits = block.bits(digits);
+            let apostrophes = block.bits(|bytes| equal(bytes, b'\''));
+            let escapes = block.bits(|bytes| equal(bytes, b'\\'));
+            let len = (escapes.trailing_zeros() as usize).min(rest.len());
+            let mut parts = (letters | digits | apostrophes) & below(len);
+            if parts & 1 == 0 {
+                run.emit(text, base, emit);
+            }
+            while parts != 0 {
+                let start = parts.trailing_zeros() as usize;
+                let end = start + (!(parts >> start)).trailing_zeros() as usize;
+                let bits = below(end) & !below(start);
+                parts &= !bits;
+                if run.is_empty() {
+                    run.start = base + start;
                 }
-                for &byte in text.get(start..end).unwrap_or_default() {
-                    self.byte(byte, emit);
+                run.letters |= letters & bits != 0;
+                run.digits |= digits & bits != 0;
+                run.apostrophes |= apostrophes & bits != 0;
+                if end < len {
+                    run.emit(text, base + end, emit);
                 }
-            } else if run & !letters == 0 {
-                emit(Word::Both(Hasher::of(text, start, end - start)));
-            } else if run & !digits == 0 {
-                emit(Word::Any(Hasher::of(text, start, end - start)));
-            } else {
-                for &byte in text.get(start..end).unwrap_or_default() {
-                    self.byte(byte, emit);
-                }
-                self.end(emit);
+            }
+            base += len;
+            if escapes != 0 {
+                run.emit(text, base, emit);
+                self.escaped = true;
+                return base + 1;
             }
         }
-        self.escaped = escape;
-        len + usize::from(escape)
+        // The last run may go on.
+        if !run.is_empty() {
+            for &byte in text.get(run.start..).unwrap_or_default() {
+                self.byte(byte, emit);
+            }
+        }
+        text.len()
     }
 
     /// The next byte, whatever is under way.

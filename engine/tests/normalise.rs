@@ -39,7 +39,7 @@ fn scan_split(classes: ClassSet, text: &[u8], cuts: &[usize]) -> Tokens {
         scanner.push(&text[from..cut], 7 + from as u64, &mut found);
         from = cut;
     }
-    if cuts.len() % 2 == 0 {
+    if cuts.len().is_multiple_of(2) {
         scanner.finish_with(&text[from..], 7 + from as u64, &mut found);
     } else {
         scanner.push(&text[from..], 7 + from as u64, &mut found);

@@ -15,7 +15,7 @@ use super::{ModelError, cost_of, weighted};
 use crate::field::{FieldTracker, START};
 
 /// Bytes that are costed at once.
-pub const BLOCK_BYTES: usize = 256;
+pub const BLOCK_BYTES: usize = 512;
 
 /// Fewest bytes that are worth four lanes.
 const LANES_FROM: usize = 48;
@@ -133,12 +133,13 @@ pub struct Segment {
 /// What the bytes of a block cost.
 #[derive(Clone, Debug)]
 pub struct Block {
-    text: [u8; BLOCK_BYTES],
     costs: [u16; BLOCK_BYTES],
+    /// The lower half of each byte's slot, or what a walk came to in its form: cost and peak weight.
+    raw: [u32; BLOCK_BYTES],
     len: usize,
     /// What begins at a byte: a field's state, [`TO_PLAIN`], or [`ON`] if the state goes on.
     entries: [u32; BLOCK_BYTES],
-    segment_ends: [u8; BLOCK_BYTES],
+    segment_ends: [u16; BLOCK_BYTES],
     segment_fields: [u16; BLOCK_BYTES],
     segments: usize,
     last_complete: bool,
@@ -153,8 +154,8 @@ const NO_FIELD: u16 = u16::MAX;
 impl Default for Block {
     fn default() -> Self {
         Self {
-            text: [0; BLOCK_BYTES],
             costs: [0; BLOCK_BYTES],
+            raw: [0; BLOCK_BYTES],
             len: 0,
             entries: [ON; BLOCK_BYTES],
             segment_ends: [0; BLOCK_BYTES],
@@ -182,7 +183,7 @@ impl Block {
         let last = self.segments.wrapping_sub(1);
         self.segment_ends.iter().zip(&self.segment_fields).take(self.segments).enumerate().map(
             move |(i, (&end, &field))| Segment {
-                end: usize::from(end) + 1,
+                end: end.into(),
                 field: (field != NO_FIELD).then_some(FieldNumber(field)),
                 complete: i != last || self.last_complete,
             },
@@ -193,7 +194,7 @@ impl Block {
         if let (Some(ends), Some(fields)) =
             (self.segment_ends.get_mut(self.segments), self.segment_fields.get_mut(self.segments))
         {
-            *ends = (end - 1) as u8;
+            *ends = end as u16;
             *fields = field.map_or(NO_FIELD, |field| field.0);
             self.segments += 1;
         }
@@ -283,9 +284,8 @@ impl ContextModel {
         let mut lookback = [0u8; PLAIN_ORDER as usize + BLOCK_BYTES];
         let (history, rest) = lookback.split_at_mut(PLAIN_ORDER as usize);
         history.copy_from_slice(&state.history);
-        if let (Some(copy), Some(other)) = (rest.get_mut(..len), block.text.get_mut(..len)) {
+        if let Some(copy) = rest.get_mut(..len) {
             copy.copy_from_slice(text);
-            other.copy_from_slice(text);
         }
         let run = Run { model: self, lookback: &lookback, seen: state.seen };
 
@@ -293,39 +293,34 @@ impl ContextModel {
         let behind = self.follow(state, text, block);
         block.len = len;
         let mut at = state.at;
-        let mut sum = 0u64;
-        let quarter = len / LANES;
+        let mut done = 0;
         if len >= LANES_FROM {
+            let quarter = len / LANES;
             let mut ats = [at; LANES];
             for (lane, slot) in (1..).zip(ats.iter_mut().skip(1)) {
                 *slot = run.state_at(quarter * lane, block, run_before);
             }
-            let [mut a, mut b, mut c, mut d] = ats;
-            if block.segments <= 1 {
-                for i in 0..quarter {
-                    sum += run.step::<false>(i, &mut a, block);
-                    sum += run.step::<false>(quarter + i, &mut b, block);
-                    sum += run.step::<false>(quarter * 2 + i, &mut c, block);
-                    sum += run.step::<false>(quarter * 3 + i, &mut d, block);
-                }
+            at = if block.segments <= 1 {
+                run.lanes::<false>(text, quarter, ats, block)
             } else {
-                for i in 0..quarter {
-                    sum += run.step::<true>(i, &mut a, block);
-                    sum += run.step::<true>(quarter + i, &mut b, block);
-                    sum += run.step::<true>(quarter * 2 + i, &mut c, block);
-                    sum += run.step::<true>(quarter * 3 + i, &mut d, block);
-                }
-            }
-            at = d;
-            for i in quarter * LANES..len {
-                sum += run.step::<true>(i, &mut at, block);
-            }
-        } else {
-            for i in 0..len {
-                sum += run.step::<true>(i, &mut at, block);
-            }
+                run.lanes::<true>(text, quarter, ats, block)
+            };
+            done = quarter * LANES;
         }
-        block.peak_sum = sum;
+        let rest = text.get(done..).unwrap_or_default().iter();
+        let entries = block.entries.get(done..).unwrap_or_default().iter();
+        let raw = block.raw.get_mut(done..).unwrap_or_default().iter_mut();
+        for (((&byte, &entry), raw), i) in rest.zip(entries).zip(raw).zip(done..) {
+            *raw = run.step::<true>(i, &mut at, byte, entry);
+        }
+        let mut sum = 0u32;
+        let raw = block.raw.get(..len).unwrap_or_default();
+        for (cost, &raw) in block.costs.iter_mut().zip(raw) {
+            *cost = (raw & COST_MASK as u32) as u16;
+            // At most BLOCK_BYTES times 2^17.
+            sum += raw >> WEIGHT_SHIFT;
+        }
+        block.peak_sum = sum.into();
         state.at = run.enter(behind, at, len);
         if let Some(last) = lookback.get(len..len + PLAIN_ORDER as usize) {
             state.history.copy_from_slice(last);
@@ -518,12 +513,6 @@ impl Entry {
         (self.0 & COST_MASK) as u32
     }
 
-    /// The cost's peak weight.
-    #[inline(always)]
-    fn weight(self) -> u64 {
-        u64::from(self.0 as u32 >> WEIGHT_SHIFT)
-    }
-
     #[inline(always)]
     fn next(self) -> u32 {
         (self.0 >> NEXT_SHIFT) as u32 & NEXT
@@ -584,27 +573,50 @@ impl Run<'_> {
         self.model.plain_state(self.before(i, PLAIN_ORDER as usize))
     }
 
-    /// Costs byte `i`, and returns the cost's peak weight.
+    /// The block's four quarters side by side, from these states; returns the state behind the last.
     #[inline(always)]
-    fn step<const FIELDS: bool>(&self, i: usize, at: &mut u32, block: &mut Block) -> u64 {
-        // `i` is below the block's length; the mask shows it to the compiler.
-        let i = i & (BLOCK_BYTES - 1);
-        if FIELDS
-            && let Some(&entry) = block.entries.get(i)
-            && entry != ON
-        {
+    fn lanes<const FIELDS: bool>(
+        &self,
+        text: &[u8],
+        quarter: usize,
+        ats: [u32; LANES],
+        block: &mut Block,
+    ) -> u32 {
+        let [mut a, mut b, mut c, mut d] = ats;
+        let mut texts = text.chunks_exact(quarter);
+        let mut entries = block.entries.chunks_exact(quarter);
+        let mut raws = block.raw.chunks_exact_mut(quarter);
+        let mut lane = || {
+            let text = texts.next().unwrap_or_default().iter();
+            let entries = entries.next().unwrap_or_default().iter();
+            text.zip(entries).zip(raws.next().unwrap_or_default())
+        };
+        let lanes = lane().zip(lane()).zip(lane()).zip(lane());
+        for (((in_a, in_b), in_c), (in_d, i)) in lanes.zip(0..).map(|((rest, d), i)| (rest, (d, i))) {
+            let ((&byte, &entry), raw) = in_a;
+            *raw = self.step::<FIELDS>(i, &mut a, byte, entry);
+            let ((&byte, &entry), raw) = in_b;
+            *raw = self.step::<FIELDS>(quarter + i, &mut b, byte, entry);
+            let ((&byte, &entry), raw) = in_c;
+            *raw = self.step::<FIELDS>(quarter * 2 + i, &mut c, byte, entry);
+            let ((&byte, &entry), raw) = in_d;
+            *raw = self.step::<FIELDS>(quarter * 3 + i, &mut d, byte, entry);
+        }
+        d
+    }
+
+    /// Costs byte `i`, at which `entry` begins; returns the lower half of its slot.
+    #[inline(always)]
+    fn step<const FIELDS: bool>(&self, i: usize, at: &mut u32, byte: u8, entry: u32) -> u32 {
+        if FIELDS && entry != ON {
             *at = self.enter(entry, *at, i);
         }
-        let byte = block.text.get(i).copied().unwrap_or(0);
         let entry = match self.model.slot(*at, byte.into()) {
             Some(entry) => entry,
             None => self.miss(i, *at, byte),
         };
         *at = entry.next();
-        if let Some(cost) = block.costs.get_mut(i) {
-            *cost = entry.cost() as u16;
-        }
-        entry.weight()
+        entry.0 as u32
     }
 
     /// As the end of [`Self::step`], for a byte that the longest context does not predict.

@@ -15,7 +15,7 @@
 
 use super::class::{Class, ClassSet};
 use super::scan::escape;
-use super::volatile::{MIN_COMPACT_TIME, PREFIX_INITIALS};
+use super::volatile::{MAX_PREFIX, MIN_COMPACT_TIME, PREFIX_WORDS};
 use crate::bitmap::{Block64, below, digits, equal, letters};
 
 /// What this can find.
@@ -160,8 +160,7 @@ impl Word {
         match after {
             b'-' if matches!(len, 2 | 8) => return true,
             b'-' | b'_' => {
-                let initials = PREFIX_INITIALS.get(len).copied().unwrap_or(0);
-                if initials >> (first & 31) & 1 == 1 && first >= b'a' {
+                if first.is_ascii_lowercase() && len <= MAX_PREFIX && is_prefix(text, self.start, len) {
                     return true;
                 }
             }
@@ -179,4 +178,15 @@ impl Word {
             _ => false,
         }
     }
+}
+
+/// Whether the word is a known prefix of identifiers. A sign stands behind it.
+#[inline(always)]
+fn is_prefix(text: &[u8], start: usize, len: usize) -> bool {
+    let mut bytes = [0; 8];
+    let word = text.get(start..start + len).unwrap_or_default();
+    for (byte, &of_word) in bytes.iter_mut().zip(word) {
+        *byte = of_word;
+    }
+    PREFIX_WORDS.contains(&u64::from_le_bytes(bytes))
 }

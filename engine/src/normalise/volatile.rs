@@ -57,19 +57,23 @@ const ID_PREFIXES: [&[u8]; 32] = [
     b"embd-",
 ];
 
+/// Longest prefix of an identifier without its separator.
+pub(super) const MAX_PREFIX: usize = 8;
+
+/// The prefixes without their separators, as numbers, first byte lowest.
 #[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
-/// The initials (as bits, by their lowest five bits) of identifiers' prefixes, by the prefix's length
-/// before its separator.
-pub(super) const PREFIX_INITIALS: [u32; 16] = {
-    let mut initials = [0; 16];
+pub(super) const PREFIX_WORDS: [u64; ID_PREFIXES.len()] = {
+    let mut words = [0; ID_PREFIXES.len()];
     let mut i = 0;
-    while i < ID_PREFIXES.len() {
-        if let (Some((_, before)), Some(first)) = (ID_PREFIXES[i].split_last(), ID_PREFIXES[i].first()) {
-            initials[before.len()] |= 1 << (*first & 31);
+    while i < words.len() {
+        let mut at = ID_PREFIXES[i].len() - 1;
+        while at > 0 {
+            at -= 1;
+            words[i] = words[i] << 8 | ID_PREFIXES[i][at] as u64;
         }
         i += 1;
     }
-    initials
+    words
 };
 
 type Found = Option<Shape>;
