@@ -12,6 +12,8 @@
 //! Left out on purpose: the text of the message. A verdict can be stored and sent where the message
 //! may not be; offsets say where to look.
 
+mod json;
+
 use alloc::borrow::ToOwned;
 use alloc::format;
 use alloc::string::String;
@@ -21,6 +23,8 @@ use serde::Serialize;
 
 use crate::calibrate::{NormalRanges, PValue, UNIT_SCORE, UNSEEN_UNIT, View};
 use crate::score::{ExcessSpan, UnitScores};
+
+pub use json::NotInVerdicts;
 
 /// JSON Schema (draft 2020-12) of a [`Verdict`].
 pub const SCHEMA: &str = include_str!("evidence.schema.json");
@@ -93,6 +97,14 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// The verdict as compact JSON: what serde_json makes of it, sooner.
+    ///
+    /// # Errors
+    /// None for the fields that a verdict has.
+    pub fn to_json(&self) -> Result<String, NotInVerdicts> {
+        json::write(self)
+    }
+
     /// The verdict in plain sentences, for a person who has the message but not this project's words.
     ///
     /// Without the text of the message, as the verdict itself; [`crate::baseline::UnitBaseline::likeliest`]

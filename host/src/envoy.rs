@@ -130,8 +130,8 @@ impl FailurePolicy {
 pub struct EnvoyOptions {
     /// The Envoy binary, see [`find_binary`].
     pub binary: PathBuf,
-    /// The filter's module.
-    pub wasm: PathBuf,
+    /// The filter's module; `None` for an Envoy without a filter, to compare with.
+    pub wasm: Option<PathBuf>,
     /// Plugin configuration: a `StringValue` where it is UTF-8, a `BytesValue` where not. Arrives
     /// unchanged in the filter's `on_configure`; 6 MB have been tried.
     pub plugin_configuration: Vec<u8>,
@@ -164,7 +164,7 @@ impl EnvoyOptions {
     pub fn new(binary: PathBuf, wasm: PathBuf, upstream: SocketAddr) -> Self {
         Self {
             binary,
-            wasm,
+            wasm: Some(wasm),
             plugin_configuration: Vec::new(),
             upstream,
             reconfigurable: false,
@@ -241,7 +241,9 @@ impl Envoy {
             move |source| EnvoyError::File { action, path, source }
         };
         // Envoy reports a missing module only in a long line of its own.
-        File::open(&options.wasm).map_err(file_error("read", &options.wasm))?;
+        if let Some(wasm) = &options.wasm {
+            File::open(wasm).map_err(file_error("read", wasm))?;
+        }
         let folder = tempfile::Builder::new()
             .prefix("driftlock-envoy-")
             .tempdir()
@@ -521,21 +523,29 @@ fn listener(options: &EnvoyOptions, access_log: &Path) -> Value {
             json!({"@type": "type.googleapis.com/google.protobuf.BytesValue", "value": text})
         }
     };
-    let wasm = json!({
-        "@type": "type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm",
-        "config": {
-            "name": "driftlock",
-            "root_id": "driftlock",
-            "failure_policy": options.failure_policy.name(),
-            "allow_on_headers_stop_iteration": options.allow_on_headers_stop_iteration,
-            "configuration": plugin_configuration,
-            "vm_config": {
-                "vm_id": "driftlock",
-                "runtime": "envoy.wasm.runtime.v8",
-                "code": {"local": {"filename": options.wasm}},
+    let filter = options.wasm.as_ref().map(|wasm| {
+        json!({
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm",
+            "config": {
+                "name": "driftlock",
+                "root_id": "driftlock",
+                "failure_policy": options.failure_policy.name(),
+                "allow_on_headers_stop_iteration": options.allow_on_headers_stop_iteration,
+                "configuration": plugin_configuration,
+                "vm_config": {
+                    "vm_id": "driftlock",
+                    "runtime": "envoy.wasm.runtime.v8",
+                    "code": {"local": {"filename": wasm}},
+                },
             },
-        },
+        })
     });
+    let filter = filter.map(|wasm| json!({"name": "driftlock", "typed_config": wasm}));
+    let router = json!({"name": "envoy.filters.http.router", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router",
+        "suppress_envoy_headers": true,
+    }});
+    let filters: Vec<Value> = filter.into_iter().chain([router]).collect();
     let connection_manager = json!({
         "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "driftlock",
@@ -558,13 +568,7 @@ fn listener(options: &EnvoyOptions, access_log: &Path) -> Value {
             // No route timeout: a recorded stream takes as long as it takes.
             "routes": [{"name": "all", "match": {"prefix": "/"}, "route": {"cluster": "upstream", "timeout": "0s"}}],
         }]},
-        "http_filters": [
-            {"name": "driftlock", "typed_config": wasm},
-            {"name": "envoy.filters.http.router", "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router",
-                "suppress_envoy_headers": true,
-            }},
-        ],
+        "http_filters": filters,
     });
     let mut listener = json!({
         "name": "driftlock",
@@ -696,5 +700,8 @@ mod tests {
         options.reconfigurable = false;
         let text = whole(&options);
         assert!(text.contains(r#"BytesValue","value":"/wA=""#), "{text}");
+        options.wasm = None;
+        let text = whole(&options);
+        assert!(text.contains("filters.http.router") && !text.contains("filters.http.wasm"), "{text}");
     }
 }

@@ -1,6 +1,7 @@
 //! The native side of Driftlock.
 pub mod abi;
 pub mod aggregate;
+pub mod bench;
 pub mod capture;
 pub mod check;
 pub mod demo;

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use driftlock_host::{aggregate, capture, check, demo, eval, explain, gateway, replay, synth, train, units};
+use driftlock_host::{
+    aggregate, bench, capture, check, demo, eval, explain, gateway, replay, synth, train, units,
+};
 use tracing_subscriber::EnvFilter;
 
 /// Compression-based anomaly detection for LLM and HTTP traffic: explainable, reproducible, inline.
@@ -36,8 +38,13 @@ enum Command {
     /// Serve baselines to filters and take their observations.
     Serve(aggregate::Args),
     /// Measure speed, with what it is compared to in the same run.
-    #[command(subcommand)]
-    Bench(Bench),
+    #[command(args_conflicts_with_subcommands = true)]
+    Bench {
+        #[command(subcommand)]
+        only: Option<Bench>,
+        #[command(flatten)]
+        args: bench::Args,
+    },
     /// Measure detection on labelled captures, by the published protocol.
     Eval(eval::Args),
     /// Generate an LLM gateway's traffic, with labelled anomalies.
@@ -50,8 +57,8 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// The gateway beside a real Envoy with the same filter.
-    Gateway(gateway::bench::Args),
+    /// The gateway beside a real Envoy with the same filter: throughput, latency, memory.
+    Gateway(bench::gateway::Args),
 }
 
 #[derive(Debug, Subcommand)]
@@ -76,7 +83,10 @@ fn main() -> ExitCode {
         Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
         Command::Config(Config::Check(args)) => check::run(&args).map_err(anyhow::Error::from),
         Command::Serve(args) => aggregate::run(&args).map_err(anyhow::Error::from),
-        Command::Bench(Bench::Gateway(args)) => gateway::bench::run(&args).map_err(anyhow::Error::from),
+        Command::Bench { only: Some(Bench::Gateway(args)), .. } => {
+            bench::gateway::run(&args).map_err(anyhow::Error::from)
+        }
+        Command::Bench { only: None, args } => bench::run(&args).map_err(anyhow::Error::from),
         Command::Eval(args) => eval::run(&args).map_err(anyhow::Error::from),
         Command::Synth(args) => synth::run(&args).map_err(anyhow::Error::from),
         Command::Score(args) => synth::score::run(&args).map_err(anyhow::Error::from),

@@ -672,7 +672,7 @@ impl Exchange {
         if !logged && !plugin.report.filter_state && observed.is_none() {
             return;
         }
-        let json = match serde_json::to_string(verdict) {
+        let json = match verdict.to_json() {
             Ok(json) => json,
             Err(error) => {
                 host.log(Level::Error, &format!("driftlock: the verdict does not serialise: {error}"));

@@ -17,7 +17,7 @@ mod contrast;
 mod detector;
 mod figures;
 mod plot;
-mod protocol;
+pub(crate) mod protocol;
 mod report;
 
 use std::collections::BTreeMap;

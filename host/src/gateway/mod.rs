@@ -15,14 +15,12 @@
 //!   exchange.rs     what the two directions share;  chain.rs  the filters in their order
 //!   upstream.rs     connections to upstreams;  tunnel.rs  what leaves HTTP;  wire.rs, tls.rs  bytes
 //!   filter.rs       the trait;  wasm.rs  implements it with host::abi;  callout.rs  filters' own calls
-//!   bench.rs        the same filter behind a real Envoy and behind this, in one run
 //! ```
 //!
 //! Left out on purpose: retries (an LLM call is not idempotent), load balancing, HTTP/3, caching.
 
 mod access_log;
 mod admin;
-pub mod bench;
 mod callout;
 mod chain;
 mod config;

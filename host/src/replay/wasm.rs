@@ -69,9 +69,22 @@ impl WasmReplay {
             Ok(exchange) => exchange,
             Err(reason) => return Ok(Verdicts::failed(&reason)),
         };
+        self.inspect(&exchange)
+    }
+
+    /// Replays one exchange that [`wire::on_the_wire`] has mapped.
+    ///
+    /// # Errors
+    /// As [`Self::replay`].
+    pub fn inspect(&mut self, exchange: &Exchange) -> Result<Verdicts, AbiError> {
         let mut found = Found::default();
-        self.judge(&View::of_mapped(&exchange), None, Cuts::chunks(), &mut found)?;
+        self.judge(&View::of_mapped(exchange), None, Cuts::chunks(), &mut found)?;
         Ok(found.into_verdicts())
+    }
+
+    /// The VM's linear memory, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        self.plugin.memory_bytes()
     }
 
     /// Replays one exchange; the guest's clock is set to `unix_ns`, where it is known.

@@ -155,7 +155,7 @@ pub fn view<'a>(request: RequestRef<'a>, response: ResponseRef<'a>) -> Result<Vi
     let host = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
     let host = host.map_or("replay.invalid", |(_, value)| value).trim();
     check_value("request", "host", host)?;
-    let host = encoded(host, is_host_byte);
+    let host = encoded(host, &HOST_BYTES);
     let mut request_headers = wire_headers("request", headers)?;
     request_headers.retain(|(name, _)| !name.eq_ignore_ascii_case("host"));
     let host_size = field_size("host", &host);
@@ -234,24 +234,37 @@ pub fn on_the_wire(mut exchange: Exchange) -> Result<Exchange, NotSendable> {
     Ok(exchange)
 }
 
-/// Recordings have placeholders such as `<REGION>` in host names; Envoy answers 400 to those.
-fn is_host_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(&byte)
+/// Letters, digits and `others`, for a look-up a byte.
+const fn bytes_of(others: &[u8]) -> [bool; 256] {
+    let mut table = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        table[byte] = (byte as u8).is_ascii_alphanumeric();
+        byte += 1;
+    }
+    let mut at = 0;
+    while at < others.len() {
+        table[others[at] as usize] = true;
+        at += 1;
+    }
+    table
 }
 
+/// Recordings have placeholders such as `<REGION>` in host names; Envoy answers 400 to those.
+static HOST_BYTES: [bool; 256] = bytes_of(b"-._~!$&'()*+,;=:[]%");
 /// RFC 3986: pchar, '/', '?', and '%' of escapes that are there already.
-fn is_target_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?%".contains(&byte)
-}
+static TARGET_BYTES: [bool; 256] = bytes_of(b"-._~!$&'()*+,;=:@/?%");
+/// RFC 9110 section 5.6.2.
+static TOKEN_BYTES: [bool; 256] = bytes_of(b"!#$%&'*+-.^_`|~");
 
 /// The text, with a percent-encoding for each byte that is not allowed.
-fn encoded(text: &str, allowed: impl Fn(u8) -> bool) -> Cow<'_, str> {
-    if text.bytes().all(&allowed) {
+fn encoded<'a>(text: &'a str, allowed: &[bool; 256]) -> Cow<'a, str> {
+    if text.bytes().all(|byte| allowed[usize::from(byte)]) {
         return Cow::Borrowed(text);
     }
     let mut wire = String::with_capacity(text.len() + 16);
     for byte in text.bytes() {
-        if allowed(byte) {
+        if allowed[usize::from(byte)] {
             wire.push(char::from(byte));
         } else {
             wire.push_str(&format!("%{byte:02X}"));
@@ -271,7 +284,7 @@ fn wire_target(target: &str) -> Result<Cow<'_, str>, NotSendable> {
     if origin == "*" {
         return Err(NotSendable::Target(target.to_owned()));
     }
-    let wire = encoded(origin, is_target_byte);
+    let wire = encoded(origin, &TARGET_BYTES);
     Ok(if wire.starts_with('/') { wire } else { Cow::Owned(format!("/{wire}")) })
 }
 
@@ -290,7 +303,7 @@ fn wire_headers<'a>(part: &'static str, mut headers: Fields<'a>) -> Result<Field
             return false;
         }
         *value = value.trim_matches([' ', '\t']);
-        if name.is_empty() || !name.bytes().all(is_token) {
+        if name.is_empty() || !name.bytes().all(|byte| TOKEN_BYTES[usize::from(byte)]) {
             refused = Some(NotSendable::Header { part, name: name.to_ascii_lowercase() });
         } else if let Err(error) = check_value(part, name, value) {
             refused = Some(error);
@@ -322,11 +335,6 @@ fn size(headers: &[(&str, &str)]) -> usize {
 /// Name, colon, blank, value, line end.
 fn field_size(name: &str, value: &str) -> usize {
     name.len() + value.len() + 4
-}
-
-/// RFC 9110 section 5.6.2.
-fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 #[cfg(test)]

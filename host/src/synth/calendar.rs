@@ -38,7 +38,7 @@ fn civil_from_days(days: u64) -> (u64, u64, u64) {
 }
 
 /// The day's forms, joined by `|`: `2026-11-12|12 November 2026|November 12|Thursday`.
-pub(super) fn day_record(unix_s: u64) -> String {
+pub(crate) fn day_record(unix_s: u64) -> String {
     let days = unix_s / DAY_S;
     let (year, month, day) = civil_from_days(days);
     let name = MONTHS[(month - 1) as usize];

@@ -19,7 +19,7 @@
 
 mod anomalies;
 mod apps;
-mod calendar;
+pub(crate) mod calendar;
 mod chat;
 mod conversation;
 mod dice;
@@ -419,7 +419,7 @@ fn row(labelled: &LabelledExchange) -> Json {
 }
 
 /// A raw HTTP/1.1 message. Bodies are UTF-8 here by construction.
-fn raw_message(start_line: &str, headers: &[(String, String)], body: &[u8]) -> String {
+pub(crate) fn raw_message(start_line: &str, headers: &[(String, String)], body: &[u8]) -> String {
     let mut raw = format!("{start_line}\r\n");
     for (name, value) in headers {
         raw.push_str(&format!("{name}: {value}\r\n"));

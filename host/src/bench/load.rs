@@ -1,0 +1,332 @@
+//! The two ends of a measured proxy: clients in front of it, an upstream behind it.
+//!
+//! A thread a connection, blocking: with a handful of connections that costs no more than an event loop,
+//! and a client can sleep to the microsecond. Every answer is compared with what the upstream sent, so a
+//! proxy cannot be fast by answering wrongly.
+//!
+//! [`closed_loop`] asks again as soon as it has its answer and counts; [`paced`] sends by the clock and
+//! counts from the time a request was due, so a proxy that stalls pays for every request that had to wait.
+//!
+//! Left out on purpose: pipelining, TLS and HTTP/2, which would measure other people's libraries.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::BenchError;
+
+/// A stalled proxy fails the measurement after this.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An upstream that always answers the same, as long as this process lives.
+pub(super) fn start_upstream(body: &[u8]) -> io::Result<SocketAddr> {
+    let listener = TcpListener::bind(("127.0.0.1", 0))?;
+    let address = listener.local_addr()?;
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let answer = [head.as_bytes(), body].concat();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let answer = answer.clone();
+            // It ends with its connection.
+            thread::spawn(move || answer_all(stream, &answer));
+        }
+    });
+    Ok(address)
+}
+
+fn answer_all(stream: TcpStream, answer: &[u8]) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut messages = Messages::new(stream);
+    while messages.next()?.is_some() {
+        messages.stream.write_all(answer)?;
+    }
+    Ok(())
+}
+
+/// A request as a client sends it.
+pub(super) fn wire_request(path: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
+}
+
+/// A message without its framing.
+struct Message<'a> {
+    head: &'a [u8],
+    body: &'a [u8],
+}
+
+/// Reads messages framed by content-length or in chunks (RFC 9112 section 6), one after the other.
+struct Messages {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+    /// Bytes of the buffer that the last message took.
+    taken: usize,
+    /// A chunked body put together.
+    joined: Vec<u8>,
+}
+
+impl Messages {
+    fn new(stream: TcpStream) -> Self {
+        Self { stream, buffer: Vec::with_capacity(16 << 10), taken: 0, joined: Vec::new() }
+    }
+
+    /// The next message; `None` at a clean end.
+    fn next(&mut self) -> io::Result<Option<Message<'_>>> {
+        self.buffer.drain(..std::mem::take(&mut self.taken));
+        let mut searched: usize = 0;
+        let head = loop {
+            let from = searched.saturating_sub(3);
+            if let Some(at) = memchr::memmem::find(&self.buffer[from..], b"\r\n\r\n") {
+                break from + at + 4;
+            }
+            searched = self.buffer.len();
+            if !self.fill()? {
+                return if self.buffer.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(io::ErrorKind::UnexpectedEof.into())
+                };
+            }
+        };
+        match field(&self.buffer[..head], b"content-length") {
+            Some(length) => {
+                let length: usize = length.parse().map_err(|_| broken())?;
+                self.reach(head + length)?;
+                self.taken = head + length;
+                Ok(Some(Message { head: &self.buffer[..head], body: &self.buffer[head..self.taken] }))
+            }
+            None if field(&self.buffer[..head], b"transfer-encoding").is_some() => {
+                self.join(head)?;
+                Ok(Some(Message { head: &self.buffer[..head], body: &self.joined }))
+            }
+            None => {
+                self.taken = head;
+                Ok(Some(Message { head: &self.buffer[..head], body: &[] }))
+            }
+        }
+    }
+
+    /// Takes chunks off, from `at` on.
+    fn join(&mut self, mut at: usize) -> io::Result<()> {
+        self.joined.clear();
+        loop {
+            let line = loop {
+                if let Some(end) = memchr::memmem::find(&self.buffer[at..], b"\r\n") {
+                    break at..at + end;
+                }
+                self.reach(self.buffer.len() + 1)?;
+            };
+            let size = std::str::from_utf8(&self.buffer[line.clone()]).map_err(|_| broken())?;
+            let size = usize::from_str_radix(size.trim(), 16).map_err(|_| broken())?;
+            at = line.end + 2;
+            self.reach(at + size + 2)?;
+            self.joined.extend_from_slice(&self.buffer[at..at + size]);
+            at += size + 2;
+            if size == 0 {
+                self.taken = at;
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads until the buffer holds so many bytes.
+    fn reach(&mut self, bytes: usize) -> io::Result<()> {
+        while self.buffer.len() < bytes {
+            if !self.fill()? {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self) -> io::Result<bool> {
+        let mut bytes = [0; 16 << 10];
+        let count = self.stream.read(&mut bytes)?;
+        self.buffer.extend_from_slice(&bytes[..count]);
+        Ok(count > 0)
+    }
+}
+
+fn broken() -> io::Error {
+    io::ErrorKind::InvalidData.into()
+}
+
+/// A header field's value.
+fn field<'a>(head: &'a [u8], name: &[u8]) -> Option<&'a str> {
+    head.split(|&byte| byte == b'\n').find_map(|line| {
+        let (known, value) = line.split_at_checked(name.len())?;
+        let value = known.eq_ignore_ascii_case(name).then(|| value.strip_prefix(b":")).flatten()?;
+        std::str::from_utf8(value.trim_ascii()).ok()
+    })
+}
+
+/// One client connection.
+struct Client<'a> {
+    messages: Messages,
+    request: &'a [u8],
+    expected: &'a [u8],
+}
+
+impl<'a> Client<'a> {
+    fn connect(address: SocketAddr, request: &'a [u8], expected: &'a [u8]) -> io::Result<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(READ_TIMEOUT))?;
+        Ok(Self { messages: Messages::new(stream), request, expected })
+    }
+
+    fn ask(&mut self) -> io::Result<()> {
+        self.messages.stream.write_all(self.request)?;
+        let Some(Message { head, body }) = self.messages.next()? else {
+            return Err(io::Error::other("it closes the connection"));
+        };
+        if head.get(9..12) == Some(b"200") && body == self.expected {
+            return Ok(());
+        }
+        let head = String::from_utf8_lossy(head);
+        let status = head.lines().next().unwrap_or_default();
+        Err(io::Error::other(format!(
+            "{status}, {} bytes of body where {} were sent",
+            body.len(),
+            self.expected.len()
+        )))
+    }
+}
+
+/// What goes through a proxy, over and over.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load<'a> {
+    /// See [`wire_request`].
+    pub(super) request: &'a [u8],
+    /// The body of every answer.
+    pub(super) expected: &'a [u8],
+    pub(super) connections: usize,
+}
+
+impl Load<'_> {
+    /// On all connections at once: what `work` gives for each.
+    fn on_all<T: Send>(
+        &self,
+        proxy: &'static str,
+        address: SocketAddr,
+        work: impl Fn(usize, Client<'_>) -> io::Result<T> + Sync,
+    ) -> Result<Vec<T>, BenchError> {
+        let connect = || Client::connect(address, self.request, self.expected);
+        let results: Vec<io::Result<T>> = thread::scope(|scope| {
+            let work = &work;
+            let threads: Vec<_> =
+                (0..self.connections).map(|index| scope.spawn(move || work(index, connect()?))).collect();
+            let joined = threads.into_iter().map(thread::ScopedJoinHandle::join);
+            joined
+                .map(|result| result.unwrap_or_else(|_| Err(io::Error::other("its client panicked"))))
+                .collect()
+        });
+        let results: io::Result<Vec<T>> = results.into_iter().collect();
+        results.map_err(|error| BenchError::Answer { proxy, what: error.to_string() })
+    }
+
+    /// Requests a second, each connection asking again as soon as it is answered; and their number.
+    pub(super) fn closed_loop(
+        &self,
+        proxy: &'static str,
+        address: SocketAddr,
+        duration: Duration,
+    ) -> Result<(f64, u64), BenchError> {
+        let begin = Instant::now();
+        let counts = self.on_all(proxy, address, |_, mut client| {
+            let mut count = 0u64;
+            while begin.elapsed() < duration {
+                client.ask()?;
+                count += 1;
+            }
+            Ok(count)
+        })?;
+        let count = counts.iter().sum();
+        Ok((count as f64 / begin.elapsed().as_secs_f64(), count))
+    }
+
+    /// Sends `rate` requests a second by the clock; latencies from when each was due, in us.
+    pub(super) fn paced(
+        &self,
+        proxy: &'static str,
+        address: SocketAddr,
+        rate: f64,
+        duration: Duration,
+    ) -> Result<Vec<u64>, BenchError> {
+        let interval = Duration::from_secs_f64(self.connections as f64 / rate.max(1.0));
+        let begin = Instant::now() + Duration::from_millis(50);
+        let latencies = self.on_all(proxy, address, |index, mut client| {
+            let mut due = begin + interval.mul_f64(index as f64 / self.connections as f64);
+            let mut latencies = Vec::new();
+            while due < begin + duration {
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+                client.ask()?;
+                latencies.push(u64::try_from(due.elapsed().as_micros()).unwrap_or(u64::MAX));
+                due += interval;
+            }
+            Ok(latencies)
+        })?;
+        Ok(latencies.concat())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proxy(answers: &'static [&'static str]) -> SocketAddr {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                thread::spawn(move || -> io::Result<()> {
+                    let mut messages = Messages::new(stream);
+                    for answer in answers.iter().cycle() {
+                        if messages.next()?.is_none() {
+                            break;
+                        }
+                        // In two pieces, cut in the middle.
+                        let (first, second) = answer.as_bytes().split_at(answer.len() / 2);
+                        messages.stream.write_all(first)?;
+                        thread::sleep(Duration::from_millis(1));
+                        messages.stream.write_all(second)?;
+                    }
+                    Ok(())
+                });
+            }
+        });
+        address
+    }
+
+    #[test]
+    fn requests_are_counted_and_wrong_answers_are_not_taken() {
+        let request = wire_request("/", b"{}");
+        let load = Load { request: &request, expected: b"right", connections: 2 };
+        let (brief, name) = (Duration::from_millis(60), "a proxy");
+        let upstream = start_upstream(b"right").unwrap();
+        let (rate, count) = load.closed_loop(name, upstream, brief).unwrap();
+        assert!(count > 2 && rate > 0.0, "{rate} {count}");
+        assert_eq!(load.paced(name, upstream, 100.0, brief).unwrap().len(), 6);
+        let chunked = proxy(&[
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nri\r\n3\r\nght\r\n0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nright",
+        ]);
+        assert!(load.closed_loop(name, chunked, brief).unwrap().1 > 2);
+        for wrong in [
+            &["HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwrong"] as &[_],
+            &["HTTP/1.1 500 No\r\ncontent-length: 5\r\n\r\nright"],
+            &["HTTP/1.1 200 OK\r\n\r\n"],
+            &["HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nx\r\n"],
+        ] {
+            let error = load.closed_loop(name, proxy(wrong), brief).unwrap_err();
+            assert!(matches!(error, BenchError::Answer { proxy: "a proxy", .. }), "{error}");
+        }
+    }
+}

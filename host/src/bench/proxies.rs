@@ -1,0 +1,264 @@
+//! Proxies beside each other: Envoy without a filter, with one that only reads, with Driftlock's; and
+//! this gateway with Driftlock's.
+//!
+//! One worker each, the same message through all of them, in short rounds by turns; rates are compared
+//! round by round and the median ratio counts, since absolute figures say little on a machine that others
+//! use. All write access logs.
+//!
+//! The filter that only reads (`noop.wat`) has both bodies buffered and copied into its memory, which is
+//! what any filter that inspects whole bodies pays before it does anything.
+
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::load::{Load, start_upstream, wire_request};
+use super::rounds::median;
+use super::{BenchError, ProxyFigures};
+use crate::capture::Exchange;
+use crate::envoy::{Envoy, EnvoyOptions};
+use crate::synth::{self, SynthOptions};
+use crate::train::{TrainError, train, with_baseline};
+
+/// Size of the messages, in bytes.
+pub(super) const BODY_BYTES: usize = 2048;
+pub(super) const PATH: &str = "/v1/chat/completions";
+/// What Linux counts processor time in, everywhere.
+pub(super) const TICK_US: f64 = 10_000.0;
+const CONNECTIONS: usize = 8;
+
+/// What goes through the proxies.
+pub(super) struct Traffic {
+    /// With a baseline in it.
+    pub(super) plugin_configuration: Vec<u8>,
+    pub(super) request: Vec<u8>,
+    pub(super) response: Vec<u8>,
+}
+
+/// The generated messages nearest to the size, and a baseline of the others.
+pub(super) fn traffic() -> Result<Traffic, BenchError> {
+    let traffic = synth::generate(&SynthOptions { count: 2500, ..SynthOptions::default() });
+    let exchanges: Vec<Exchange> = traffic.into_iter().map(|labelled| labelled.exchange).collect();
+    let far = |body: &[u8]| body.len().abs_diff(BODY_BYTES);
+    let chats = || exchanges.iter().filter(|exchange| exchange.request.target.starts_with(PATH));
+    let request = chats().map(|it| &it.request.body).min_by_key(|body| far(body));
+    let response = chats()
+        .filter_map(|it| it.response.as_ref())
+        .map(|response| &response.body)
+        .filter(|body| body.starts_with(b"{"))
+        .min_by_key(|body| far(body));
+    let (Some(request), Some(response)) = (request.cloned(), response.cloned()) else {
+        return Err(io::Error::other("the generator made no chat").into());
+    };
+    let config = driftlock_inspect::config::Config::parse(b"").map_err(TrainError::from)?;
+    let snapshot = train(exchanges, config, 1)?.snapshot.encode();
+    let configuration = serde_json::json!({"report": {"log": "never"}});
+    Ok(Traffic { plugin_configuration: with_baseline(&configuration, Some(&snapshot)), request, response })
+}
+
+/// What came of all rounds: medians of their ratios, and each proxy's own figures.
+pub(super) struct Measured {
+    pub(super) vs_no_filter: f64,
+    pub(super) vs_noop_filter: f64,
+    pub(super) gateway_vs_envoy: f64,
+    pub(super) proxies: Vec<ProxyFigures>,
+}
+
+struct Target {
+    name: &'static str,
+    address: SocketAddr,
+    pid: u32,
+    rates: Vec<f64>,
+    requests: u64,
+    ticks: u64,
+}
+
+impl Target {
+    fn new(name: &'static str, address: SocketAddr, pid: u32) -> Self {
+        Self { name, address, pid, rates: Vec::new(), requests: 0, ticks: 0 }
+    }
+
+    fn round(&mut self, load: &Load<'_>, duration: Duration) -> Result<(), BenchError> {
+        let before = processor_ticks(self.pid)?;
+        let (rate, count) = load.closed_loop(self.name, self.address, duration)?;
+        self.ticks += processor_ticks(self.pid)? - before;
+        self.rates.push(rate);
+        self.requests += count;
+        Ok(())
+    }
+}
+
+const NO_FILTER: &str = "Envoy without a filter";
+const NOOP: &str = "Envoy, filter that only reads";
+const ENVOY: &str = "Envoy, Driftlock";
+const GATEWAY: &str = "gateway, Driftlock";
+
+/// Starts all four and measures them in rounds.
+pub(super) fn measure(
+    binary: PathBuf,
+    filter: &Path,
+    rounds: usize,
+    round: Duration,
+) -> Result<Measured, BenchError> {
+    let Traffic { plugin_configuration, request, response } = traffic()?;
+    let upstream = start_upstream(&response)?;
+    let folder = tempfile::tempdir()?;
+    let noop = folder.path().join("noop.wasm");
+    let module =
+        wat::parse_str(include_str!("noop.wat")).map_err(|error| io::Error::other(error.to_string()))?;
+    std::fs::write(&noop, module)?;
+    let with = |wasm| EnvoyOptions::new(binary.clone(), wasm, upstream);
+    let without_filter = Envoy::start(&EnvoyOptions { wasm: None, ..with(PathBuf::new()) })?;
+    let reading = Envoy::start(&with(noop))?;
+    let envoy = Envoy::start(&EnvoyOptions {
+        plugin_configuration: plugin_configuration.clone(),
+        ..with(filter.to_owned())
+    })?;
+    let gateway = GatewayProcess::start(folder.path(), filter, &plugin_configuration, upstream)?;
+    let mut targets = [
+        Target::new(NO_FILTER, without_filter.listen(), without_filter.pid()),
+        Target::new(NOOP, reading.listen(), reading.pid()),
+        Target::new(ENVOY, envoy.listen(), envoy.pid()),
+        Target::new(GATEWAY, gateway.address, gateway.pid()),
+    ];
+    let request = wire_request(PATH, &request);
+    let load = Load { request: &request, expected: &response, connections: CONNECTIONS };
+    for target in &targets {
+        // It warms caches and is not counted.
+        load.closed_loop(target.name, target.address, round / 3)?;
+    }
+    for index in 0..rounds {
+        // Nobody is always first.
+        targets.rotate_left(usize::from(index > 0));
+        for target in &mut targets {
+            target.round(&load, round)?;
+        }
+    }
+    let through_envoy = targets.iter().find(|target| target.name == ENVOY);
+    require_inspection(&envoy, through_envoy.map_or(0, |target| target.requests))?;
+    let rates = |name: &str| {
+        targets.iter().find(|target| target.name == name).map_or(&[][..], |target| &target.rates)
+    };
+    let ratio =
+        |of: &str, to: &str| median(rates(of).iter().zip(rates(to)).map(|(of, to)| of / to).collect());
+    let figures = |name: &&str| {
+        let target = targets.iter().find(|target| target.name == *name)?;
+        let processor_us = target.ticks as f64 * TICK_US / (target.requests as f64).max(1.0);
+        let requests_per_s = median(target.rates.clone()).round();
+        Some(ProxyFigures { proxy: target.name, requests_per_s, processor_us: processor_us.round() })
+    };
+    Ok(Measured {
+        vs_no_filter: ratio(ENVOY, NO_FILTER),
+        vs_noop_filter: ratio(ENVOY, NOOP),
+        gateway_vs_envoy: ratio(GATEWAY, ENVOY),
+        proxies: [NO_FILTER, NOOP, ENVOY, GATEWAY].iter().filter_map(figures).collect(),
+    })
+}
+
+/// A filter that lets messages pass unseen would be the fastest.
+fn require_inspection(envoy: &Envoy, exchanges: u64) -> Result<(), BenchError> {
+    let stats = envoy.stats()?;
+    let judged = |(name, value): &(String, u64)| {
+        let outcome = name.strip_prefix("wasmcustom.driftlock.messages.")?.rsplit('.').next()?;
+        matches!(outcome, "normal" | "anomalous").then_some(*value)
+    };
+    let judged: u64 = stats.iter().filter_map(judged).sum();
+    match judged >= 2 * exchanges {
+        true => Ok(()),
+        false => Err(BenchError::Wrong {
+            what: format!("of {exchanges} exchanges' messages the filter in Envoy judged {judged}"),
+        }),
+    }
+}
+
+/// Processor time of a process, in clock ticks (proc(5): fields 14 and 15 of stat).
+pub(super) fn processor_ticks(pid: u32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field, a name in brackets, may have spaces.
+    let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
+    Ok(fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum())
+}
+
+/// A gateway in a process of its own, killed when dropped.
+pub(super) struct GatewayProcess {
+    child: Child,
+    pub(super) address: SocketAddr,
+}
+
+impl GatewayProcess {
+    pub(super) fn start(
+        folder: &Path,
+        wasm: &Path,
+        configuration: &[u8],
+        upstream: SocketAddr,
+    ) -> Result<Self, BenchError> {
+        std::fs::write(folder.join("plugin.json"), configuration)?;
+        // Taken and let go: the one moment in which another process could take it is short.
+        let address = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
+        let file = folder.join("gateway.yaml");
+        let wasm = std::path::absolute(wasm)?;
+        let yaml = serde_json::json!({
+            "listeners": [{"address": address.to_string()}],
+            "workers": 1,
+            "access_log": "access.jsonl",
+            "filters": [{
+                "name": "driftlock",
+                "module": wasm,
+                "configuration_file": "plugin.json",
+                "failure_policy": "fail_open",
+            }],
+            "upstreams": {"bench": {"uri": format!("http://{upstream}")}},
+            "routes": [{"upstream": "bench"}],
+        });
+        std::fs::write(&file, yaml.to_string())?;
+        let child = Command::new(std::env::current_exe()?)
+            .args(["gateway", "--file"])
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let mut gateway = Self { child, address };
+        let begun = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            if let Some(status) = gateway.child.try_wait()? {
+                let mut text = String::new();
+                if let Some(errors) = &mut gateway.child.stderr {
+                    errors.read_to_string(&mut text)?;
+                }
+                return Err(BenchError::Gateway(format!("{status}: {text}")));
+            }
+            if begun.elapsed() > Duration::from_secs(60) {
+                return Err(BenchError::Gateway("not within a minute".to_owned()));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        // Compilation has just ended: let its memory be given back.
+        thread::sleep(Duration::from_secs(1));
+        Ok(gateway)
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Resident set, from the kernel.
+    pub(super) fn resident_bytes(&self) -> io::Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let kib = status.lines().find_map(|line| {
+            line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        });
+        Ok(kib.unwrap_or(0) * 1024)
+    }
+}
+
+impl Drop for GatewayProcess {
+    fn drop(&mut self) {
+        // Both fail only when the process is gone already, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
