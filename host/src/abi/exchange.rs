@@ -111,6 +111,11 @@ impl Plugin {
         }
         let number = count(headers.len());
         side.begin_headers(headers, end_of_stream);
+        if direction == Direction::Response {
+            // Unless it is the guest's own reply that comes by.
+            let stream = self.stream_mut(id)?;
+            stream.code_details.get_or_insert("via_upstream".into());
+        }
         let action = self.call_headers(id.0, direction, number, end_of_stream)?;
         let pause = self.headers_pause;
         let step = self.settle(id, direction, |side| side.settle_headers(action, pause));
@@ -328,6 +333,7 @@ fn end_with_reply(stream: &mut Stream, mut reply: LocalReply) -> Step {
     }
     stream.request.end_early();
     stream.reply_status = Some(reply.status);
+    stream.code_details = Some(reply.details.clone().into());
     Step::Reply(reply)
 }
 

@@ -203,6 +203,14 @@ impl Host {
             if let Some(value) = stream.properties.get(path) {
                 return Some(value.clone());
             }
+            // Known once the exchange is over.
+            if path == b"request\0duration" && stream.log_phase {
+                let lasted = self.clock.realtime_ns().saturating_sub(stream.begun_ns);
+                return Some(lasted.to_le_bytes().to_vec());
+            }
+            if let Some(value) = stream.lookup.as_ref().and_then(|lookup| (lookup.0)(path)) {
+                return Some(value.into_bytes());
+            }
             if let Some(value) = super::property::derived(stream, path) {
                 return Some(value);
             }

@@ -37,6 +37,9 @@
 //! | unknown imports keep a module from loading, one named | all are named | one round of fixing instead of many |
 //! | bytes that a TCP filter stops on their way from the upstream are lost | kept, and shown with the next | a filter that waits for a whole message works |
 //! | foreign functions `expr_*`, `sign`, `verify_signature`, `set_envoy_filter_state` | `NotFound` unless registered | each brings a language, a library or Envoy's own types along |
+//! | the text of a gRPC call-out's status ends with response code details | the server's text alone | a filter compares it |
+//! | properties `upstream.*` and `response.backend_latency` | `NotFound` in the gateway | filters are not told of the upstream's connection |
+//! | properties `request` and `filter_state` as a whole: `SerializationFailure` | `NotFound` | there is no such value either way |
 //! | gRPC through `google_grpc` | `BadArgument` | another client with its own credentials |
 //! | `compress` encodes as its zlib does | other bytes of the same format | another encoder |
 //! | after a buffer went over its limit the access log still shows it | it is freed | bounded memory |

@@ -10,6 +10,7 @@
 //! Envoy, what `proxy_on_done` answers for a stream is not waited for.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use wasmtime::{Store, StoreLimitsBuilder};
@@ -21,7 +22,7 @@ use super::host::{Deferred, Host};
 use super::log::GuestLog;
 use super::module::Module;
 use super::options::PluginOptions;
-use super::property::{PropertyValue, path_bytes};
+use super::property::{Lookup, PropertyValue, path_bytes};
 use super::shared::SharedState;
 use super::status::{Direction, MapType};
 use super::stream::{Event, HeadersPause, Release, Stream};
@@ -245,7 +246,8 @@ impl Plugin {
         }
         let id = self.next_context;
         let (request, response) = (host.limits.request_buffer_bytes, host.limits.response_buffer_bytes);
-        host.streams.insert(id, Stream::new(request, response));
+        let begun_ns = host.clock.realtime_ns();
+        host.streams.insert(id, Stream { begun_ns, ..Stream::new(request, response) });
         let root = host.root;
         self.vm.call(&self.exports.context_create, id, (id, root))?;
         self.drain();
@@ -265,6 +267,21 @@ impl Plugin {
     ) -> Result<(), AbiError> {
         let stream = self.stream_mut(id)?;
         stream.properties.insert(path_bytes(path), value.into().into_bytes());
+        Ok(())
+    }
+
+    /// Has `answer` asked for properties of one stream that [`Plugin::set_property`] did not set, by
+    /// their NUL-separated paths. It goes before what follows from the headers, and must not call into a
+    /// plugin. Costs nothing until a guest asks.
+    ///
+    /// # Errors
+    /// [`AbiError::UnknownStream`].
+    pub fn properties_from(
+        &mut self,
+        id: StreamId,
+        answer: impl Fn(&[u8]) -> Option<PropertyValue> + Send + Sync + 'static,
+    ) -> Result<(), AbiError> {
+        self.stream_mut(id)?.lookup = Some(Lookup(Arc::new(answer)));
         Ok(())
     }
 

@@ -3,9 +3,7 @@
 //! A VM per worker keeps a crash from spreading; replacing one costs its instantiation and its own
 //! initialisation, which a [`Pool`] does ahead. [`Recovery`] is the failure policy as a state machine
 //! without a clock of its own: told when a VM was lost and when one started, it says what to do with an
-//! exchange now. Envoy's three policies, with one difference: a back-off grows while crashes follow
-//! starts closely, so that a request that always crashes the filter cannot keep a processor busy with
-//! starts.
+//! exchange now.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -76,28 +74,27 @@ impl std::fmt::Debug for Pool {
     }
 }
 
-/// What happens to exchanges when a VM is lost. The exchange in which it is lost is answered with 503
-/// in any case, as in Envoy, unless the caller salvages it.
+/// What happens to exchanges when a VM is lost: Envoy's three policies. The exchange in which it is lost
+/// is answered with 503 in any case, as in Envoy, unless the caller salvages it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailurePolicy {
     /// Later exchanges are answered with 503.
     FailClosed,
     /// Later exchanges pass without the filter.
     FailOpen,
-    /// A new VM is started after a back-off; exchanges are answered with 503 until then. Only for
-    /// crashes at run time: a filter that does not start stays failed.
+    /// A new VM is started for the first exchange that comes once the back-off is over; exchanges are
+    /// answered with 503 until then. Only for crashes at run time: a filter that does not start at first
+    /// stays failed.
     FailReload {
-        /// The wait after a first crash; Envoy's is 1 s.
-        first: Duration,
-        /// The longest wait, when crash follows crash.
-        longest: Duration,
+        /// Least time from a start to the next, whether it succeeded or not; so a VM that ran for longer
+        /// is replaced at once. Envoy makes it longer by up to half, at random.
+        backoff: Duration,
     },
 }
 
 impl FailurePolicy {
-    /// [`FailurePolicy::FailReload`] with Envoy's wait of a second, growing to at most a minute.
-    pub const RELOAD: Self =
-        Self::FailReload { first: Duration::from_secs(1), longest: Duration::from_secs(60) };
+    /// [`FailurePolicy::FailReload`] with Envoy's back-off of a second.
+    pub const RELOAD: Self = Self::FailReload { backoff: Duration::from_secs(1) };
 }
 
 /// What to do with an exchange now.
@@ -117,69 +114,53 @@ pub enum Disposition {
 #[derive(Debug, Clone)]
 pub struct Recovery {
     policy: FailurePolicy,
+    /// The last start, whether it succeeded or not.
     started: Instant,
-    lost: Option<Loss>,
-    backoff: Duration,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Loss {
-    at: Instant,
-    /// It did not start, so another start would fail alike.
-    for_good: bool,
+    lost: bool,
 }
 
 impl Recovery {
     /// A place whose VM started at `now`.
     #[must_use]
     pub fn new(policy: FailurePolicy, now: Instant) -> Self {
-        Self { policy, started: now, lost: None, backoff: Duration::ZERO }
+        Self { policy, started: now, lost: false }
     }
 
-    /// The VM was lost. A VM that lived ten times the last back-off resets it; else it doubles.
-    pub fn lost(&mut self, now: Instant) {
-        if let FailurePolicy::FailReload { first, longest } = self.policy {
-            let lived = now.saturating_duration_since(self.started);
-            self.backoff = if self.backoff.is_zero() || lived >= self.backoff * 10 {
-                first
-            } else {
-                (self.backoff * 2).min(longest)
-            };
-        }
-        self.lost = Some(Loss { at: now, for_good: false });
+    /// The VM was lost.
+    pub fn lost(&mut self) {
+        self.lost = true;
     }
 
     /// A new VM started.
     pub fn started(&mut self, now: Instant) {
         self.started = now;
-        self.lost = None;
+        self.lost = false;
     }
 
-    /// A new VM did not start: it stays lost.
+    /// A new VM did not start: the next try is after another back-off.
     pub fn did_not_start(&mut self, now: Instant) {
-        self.lost = Some(Loss { at: now, for_good: true });
+        self.started = now;
+        self.lost = true;
     }
 
     /// What to do with an exchange that arrives at `now`.
     #[must_use]
     pub fn disposition(&self, now: Instant) -> Disposition {
         match (self.lost, self.policy) {
-            (None, _) => Disposition::Run,
-            (Some(_), FailurePolicy::FailOpen) => Disposition::Bypass,
-            (Some(loss), FailurePolicy::FailReload { .. })
-                if !loss.for_good && now.saturating_duration_since(loss.at) >= self.backoff =>
-            {
-                Disposition::Rebuild
-            }
-            (Some(_), _) => Disposition::Refuse,
+            (false, _) => Disposition::Run,
+            (true, FailurePolicy::FailOpen) => Disposition::Bypass,
+            (true, _) if self.rebuild_at().is_some_and(|due| due <= now) => Disposition::Rebuild,
+            (true, _) => Disposition::Refuse,
         }
     }
 
-    /// When [`Disposition::Rebuild`] is due, if ever.
+    /// When [`Disposition::Rebuild`] is due, if ever; in the past for a VM that ran for long.
     #[must_use]
     pub fn rebuild_at(&self) -> Option<Instant> {
-        let loss = self.lost.filter(|loss| !loss.for_good)?;
-        matches!(self.policy, FailurePolicy::FailReload { .. }).then(|| loss.at + self.backoff)
+        match self.policy {
+            FailurePolicy::FailReload { backoff } if self.lost => Some(self.started + backoff),
+            _ => None,
+        }
     }
 }
 
@@ -191,37 +172,33 @@ mod tests {
     fn each_policy_says_what_to_do() {
         let start = Instant::now();
         let second = Duration::from_secs(1);
-        for (policy, after) in [
-            (FailurePolicy::FailClosed, Disposition::Refuse),
-            (FailurePolicy::FailOpen, Disposition::Bypass),
-            (FailurePolicy::RELOAD, Disposition::Rebuild),
+        for (policy, before, after) in [
+            (FailurePolicy::FailClosed, Disposition::Refuse, Disposition::Refuse),
+            (FailurePolicy::FailOpen, Disposition::Bypass, Disposition::Bypass),
+            (FailurePolicy::RELOAD, Disposition::Refuse, Disposition::Rebuild),
         ] {
             let mut recovery = Recovery::new(policy, start);
             assert_eq!(recovery.disposition(start), Disposition::Run);
-            recovery.lost(start + second);
-            assert_eq!(recovery.disposition(start + second * 3), after);
+            recovery.lost();
+            assert_eq!(recovery.disposition(start + second / 2), before);
+            assert_eq!(recovery.disposition(start + second), after);
         }
     }
 
     #[test]
-    fn a_reload_waits_longer_while_crashes_follow_starts() {
-        let mut now = Instant::now();
+    fn a_backoff_counts_from_the_last_start() {
+        let start = Instant::now();
         let second = Duration::from_secs(1);
-        let mut recovery = Recovery::new(FailurePolicy::RELOAD, now);
-        for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
-            recovery.lost(now);
-            assert_eq!(recovery.disposition(now), Disposition::Refuse);
-            assert_eq!(recovery.rebuild_at(), Some(now + second * wait));
-            now += second * wait;
-            assert_eq!(recovery.disposition(now), Disposition::Rebuild);
-            recovery.started(now);
-            assert_eq!(recovery.disposition(now), Disposition::Run);
-        }
-        now += second * 600;
-        recovery.lost(now);
-        assert_eq!(recovery.rebuild_at(), Some(now + second), "a long life forgives");
-        recovery.did_not_start(now);
-        assert_eq!(recovery.disposition(now + second * 999), Disposition::Refuse);
+        let mut recovery = Recovery::new(FailurePolicy::RELOAD, start);
+        recovery.lost();
+        assert_eq!(recovery.rebuild_at(), Some(start + second));
+        recovery.did_not_start(start + second);
+        assert_eq!(recovery.disposition(start + second), Disposition::Refuse);
+        assert_eq!(recovery.disposition(start + second * 2), Disposition::Rebuild);
+        recovery.started(start + second * 2);
+        assert_eq!(recovery.disposition(start + second * 2), Disposition::Run);
         assert_eq!(recovery.rebuild_at(), None);
+        recovery.lost();
+        assert_eq!(recovery.disposition(start + second * 60), Disposition::Rebuild, "a long life");
     }
 }

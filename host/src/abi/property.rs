@@ -5,6 +5,8 @@
 //! is derived from the header maps as Envoy does, so it is only there while Envoy has it; all else
 //! is what the caller put in. Source: Envoy "Attributes" and `filters/common/expr/context.cc`.
 
+use std::sync::Arc;
+
 use super::headers::HeaderMap;
 use super::status::MapType;
 use super::stream::Stream;
@@ -37,6 +39,19 @@ impl PropertyValue {
             Self::Uint(value) => value.to_le_bytes().to_vec(),
             Self::Bool(value) => vec![u8::from(value)],
         }
+    }
+}
+
+/// Answers for properties by their NUL-separated paths, when the guest asks.
+type Answer = dyn Fn(&[u8]) -> Option<PropertyValue> + Send + Sync;
+
+/// See [`Plugin::properties_from`](super::Plugin::properties_from).
+#[derive(Clone)]
+pub(super) struct Lookup(pub(super) Arc<Answer>);
+
+impl std::fmt::Debug for Lookup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lookup")
     }
 }
 
@@ -88,6 +103,21 @@ fn split(path: &[u8]) -> (&[u8], Option<&[u8]>) {
     }
 }
 
+/// A whole map: each name once, its values joined. One that is not there is an empty one.
+fn all(map: Option<&HeaderMap>) -> Vec<u8> {
+    let mut once = HeaderMap::new();
+    for (name, _) in map.into_iter().flat_map(HeaderMap::iter) {
+        if once.first(name).is_none()
+            && let Some(value) = map.and_then(|map| map.joined(name))
+        {
+            once.add(name, &value);
+        }
+    }
+    let mut out = Vec::new();
+    once.encode(&mut out);
+    if out.is_empty() { vec![0; 4] } else { out }
+}
+
 fn int(value: usize) -> Vec<u8> {
     i64::try_from(value).unwrap_or(i64::MAX).to_le_bytes().to_vec()
 }
@@ -99,6 +129,7 @@ fn request(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
     let value = |header: &[u8]| headers?.first(header).map(<[u8]>::to_vec);
     match (name, rest) {
         (b"headers", Some(header)) => headers?.joined(header),
+        (b"headers", None) => Some(all(headers)),
         (_, Some(_)) => None,
         (b"path", None) => value(b":path"),
         (b"url_path", None) => {
@@ -134,9 +165,12 @@ fn response(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
     let (name, rest) = split(path);
     let headers = stream.readable_map(MapType::ResponseHeaders);
     let trailers = stream.readable_map(MapType::ResponseTrailers);
+    let received = usize::try_from(stream.response.received_bytes).unwrap_or(usize::MAX);
     match (name, rest) {
         (b"headers", Some(header)) => headers?.joined(header),
         (b"trailers", Some(header)) => trailers?.joined(header),
+        (b"headers", None) => Some(all(headers)),
+        (b"trailers", None) => Some(all(trailers)),
         (_, Some(_)) => None,
         (b"code", None) => {
             let status = stream.response.headers.as_ref().and_then(|headers| headers.first(b":status"));
@@ -146,6 +180,18 @@ fn response(stream: &Stream, path: &[u8]) -> Option<Vec<u8>> {
             }
         }
         (b"headers_bytes", None) => Some(int(headers.map_or(0, HeaderMap::byte_size))),
+        (b"code_details", None) => stream.code_details.as_ref().map(|details| details.as_bytes().to_vec()),
+        (b"flags", None) => Some(int(0)),
+        (b"size", None) => Some(int(received)),
+        (b"total_size", None) => {
+            let size = |map: Option<&HeaderMap>| map.map_or(0, HeaderMap::byte_size);
+            Some(int(received.saturating_add(size(headers)).saturating_add(size(trailers))))
+        }
+        (b"grpc_status", None) => {
+            let status = |map: Option<&HeaderMap>| map?.first(b"grpc-status").map(<[u8]>::to_vec);
+            let status = status(trailers).or_else(|| status(headers))?;
+            std::str::from_utf8(&status).ok()?.parse().ok().map(int)
+        }
         _ => None,
     }
 }

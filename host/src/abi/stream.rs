@@ -9,11 +9,13 @@
 //! Cost: a body chunk is copied in once and moved out. Nothing is kept after it was released, except
 //! the header maps, which the access-log callback reads at the end.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::error::AbiError;
 use super::headers::HeaderMap;
 use super::network::Connection;
+use super::property::Lookup;
 use super::status::{Direction, MapType, Status};
 
 /// What the guest's Pause on headers does, as Envoy's `allow_on_headers_stop_iteration`.
@@ -526,10 +528,16 @@ pub(super) struct Stream {
     /// Set when this is a TCP connection, which has no HTTP sides.
     pub(super) connection: Option<Connection>,
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// When it began, by the guest's clock.
+    pub(super) begun_ns: u64,
+    /// Answers for what `properties` does not have.
+    pub(super) lookup: Option<Lookup>,
     pub(super) filter_state: BTreeMap<String, Vec<u8>>,
     pub(super) filter_state_bytes: usize,
     /// The status of a local reply, known before its headers are.
     pub(super) reply_status: Option<u32>,
+    /// Envoy's response code details.
+    pub(super) code_details: Option<Cow<'static, str>>,
     /// The access-log callback is running: the maps are readable once more.
     pub(super) log_phase: bool,
 }
@@ -541,9 +549,12 @@ impl Stream {
             response: Side::new(response_limit_bytes, false),
             connection: None,
             properties: BTreeMap::new(),
+            begun_ns: 0,
+            lookup: None,
             filter_state: BTreeMap::new(),
             filter_state_bytes: 0,
             reply_status: None,
+            code_details: None,
             log_phase: false,
         }
     }
