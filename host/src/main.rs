@@ -31,7 +31,7 @@ enum Command {
     /// Count what the parsers make of a capture, or show one exchange's units.
     Units(units::Args),
     /// Run a reverse proxy with the filter in front of an upstream.
-    Gateway(gateway::Args),
+    Gateway(Box<gateway::Args>),
     /// Look at configurations without starting anything.
     #[command(subcommand)]
     Config(Config),
@@ -80,7 +80,7 @@ fn main() -> ExitCode {
         Command::Capture(args) => capture::run(&args).map_err(anyhow::Error::from),
         Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
         Command::Units(args) => units::run(&args).map_err(anyhow::Error::from),
-        Command::Gateway(args) => gateway::run(args).map_err(anyhow::Error::from),
+        Command::Gateway(args) => gateway::run(*args).map_err(anyhow::Error::from),
         Command::Config(Config::Check(args)) => check::run(&args).map_err(anyhow::Error::from),
         Command::Serve(args) => aggregate::run(&args).map_err(anyhow::Error::from),
         Command::Bench { only: Some(Bench::Gateway(args)), .. } => {

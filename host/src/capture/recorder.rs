@@ -27,7 +27,7 @@ use super::write::{Packing, Redaction, Writer, WriterOptions};
 use super::{CaptureError, Exchange, Headers, HttpRequest, HttpResponse, Place, exchanges};
 use crate::gateway::filter::{
     ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, Release,
-    Step,
+    RouteInfo, Step,
 };
 use crate::gateway::{FilterSource, Gateway, GatewayError, GatewayOptions};
 
@@ -154,7 +154,7 @@ fn size(exchange: &Exchange) -> usize {
 }
 
 impl FilterFactory for Recorder {
-    fn open(&self, _connection: &ConnectionInfo) -> Result<Box<dyn HttpFilter>, FilterError> {
+    fn open(&self, _: &ConnectionInfo, _: &RouteInfo) -> Result<Box<dyn HttpFilter>, FilterError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Box::new(Passage {
             shared: Arc::clone(&self.shared),

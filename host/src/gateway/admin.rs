@@ -96,6 +96,7 @@ fn metrics(shared: &Shared) -> String {
     for (suffix, kind, help) in [
         ("requests_total", "counter", "Requests to an upstream, those of filters included."),
         ("failures_total", "counter", "Requests that an upstream did not answer."),
+        ("repeated_total", "counter", "Idempotent requests sent again after a used connection broke."),
         ("connections_total", "counter", "Connections made to an upstream."),
         ("connections", "gauge", "Connections to an upstream that are open."),
     ] {
@@ -106,6 +107,7 @@ fn metrics(shared: &Shared) -> String {
             let counter = match suffix {
                 "requests_total" => &counters.requests,
                 "failures_total" => &counters.failures,
+                "repeated_total" => &counters.repeated,
                 "connections_total" => &counters.connections,
                 _ => &counters.open,
             };

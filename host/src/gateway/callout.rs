@@ -1,9 +1,10 @@
 //! Guests' calls to other services, over the connections of the gateway's upstreams.
 //!
-//! A guest names an upstream as it names a cluster in Envoy. An http call that fails in any way is
-//! answered without headers; one that takes too long with a 504, as Envoy does. gRPC runs over the
-//! same upstreams, which then have to speak HTTP/2 (`http: http2`, or ALPN). Each call is a task; a
-//! stream's messages wait in a queue that the ABI's limit on outstanding call-outs bounds.
+//! A guest names an upstream as it names a cluster in Envoy, and is told of failures as there: an http
+//! call that gets no response headers is answered with a 503 that says why, one that takes too long with
+//! a 504, and one whose response breaks off without headers. gRPC runs over the same upstreams, which
+//! then have to speak HTTP/2 (`http: http2`, or ALPN). Each call is a task; a stream's messages wait in
+//! a queue that the ABI's limit on outstanding call-outs bounds.
 //!
 //! Left out on purpose: compressed gRPC messages (none is offered, so none may come).
 
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
-use http_body::Frame;
+use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use tokio::runtime::Handle;
@@ -23,7 +24,7 @@ use tokio::task::AbortHandle;
 
 use super::headers;
 use super::lane::LaneError;
-use super::upstream::{Answered, OutBody, Upstream};
+use super::upstream::{Answered, Lease, OutBody, Upstream, UpstreamError};
 use super::wasm::{Process, map_of, pairs_of};
 use crate::abi::{self, GrpcCall, GrpcEvent, GrpcStream, HttpCall, HttpCallResponse, Transport};
 
@@ -34,12 +35,23 @@ const GRPC_PREFIX_BYTES: usize = 5;
 
 /// gRPC statuses that the gateway itself reports.
 mod status {
-    pub(super) const DEADLINE_EXCEEDED: u32 = 4;
     pub(super) const RESOURCE_EXHAUSTED: u32 = 8;
     pub(super) const UNIMPLEMENTED: u32 = 12;
     pub(super) const INTERNAL: u32 = 13;
     pub(super) const UNAVAILABLE: u32 = 14;
     pub(super) const UNKNOWN: u32 = 2;
+
+    /// What an answer that is not gRPC's means (the mapping of gRPC over HTTP/2).
+    pub(super) fn of_http(status: u16) -> u32 {
+        match status {
+            400 => INTERNAL,
+            401 => 16,
+            403 => 7,
+            404 => UNIMPLEMENTED,
+            429 | 502..=504 => UNAVAILABLE,
+            _ => UNKNOWN,
+        }
+    }
 }
 
 /// Where guests' calls go: the gateway's upstreams of the present configuration, by name.
@@ -130,8 +142,9 @@ impl<C: Caller> Transport for Carrier<'_, C> {
         let (process, caller) = (Arc::clone(self.process), self.caller.clone());
         self.start(call.id, None, async move {
             let (id, wait) = (call.id, wait(call.timeout_ms));
+            // Envoy makes a 504 up, which is UNAVAILABLE.
             let timed_out =
-                || GrpcEvent::Closed { status: status::DEADLINE_EXCEEDED, message: String::new() };
+                || GrpcEvent::Closed { status: status::UNAVAILABLE, message: TIMED_OUT.to_owned() };
             let answer = tokio::time::timeout(wait, unary(&process.call_outs, call)).await;
             caller.grpc_event(id, answer.unwrap_or_else(|_| timed_out()));
         });
@@ -180,22 +193,45 @@ fn wait(timeout_ms: u32) -> Duration {
     Duration::from_millis(if timeout_ms == 0 { 86_400_000 } else { timeout_ms.into() })
 }
 
-fn timed_out() -> HttpCallResponse {
-    let body = b"upstream request timeout".to_vec();
+const TIMED_OUT: &str = "upstream request timeout";
+
+/// A response in the upstream's place, in Envoy's words.
+fn made_up(status: &str, body: &str) -> HttpCallResponse {
     let mut headers = abi::HeaderMap::new();
-    headers.add(b":status", b"504");
+    headers.add(b":status", status.as_bytes());
     headers.add(b"content-length", body.len().to_string().as_bytes());
     headers.add(b"content-type", b"text/plain");
-    HttpCallResponse { headers, body, trailers: abi::HeaderMap::new() }
+    HttpCallResponse { headers, body: body.into(), trailers: abi::HeaderMap::new() }
 }
 
-/// Sends a guest's request; `None` when it fails in any way, which is all that a guest is told.
+fn timed_out() -> HttpCallResponse {
+    made_up("504", TIMED_OUT)
+}
+
+/// Envoy's answer for a request that got none; filters in the field look for these words.
+fn not_answered(error: &UpstreamError) -> HttpCallResponse {
+    let reason = match error {
+        UpstreamError::Unreachable(_) | UpstreamError::Tls(_) => "remote connection failure",
+        UpstreamError::ConnectTimeout(_) => "connection timeout",
+        UpstreamError::Saturated(_) => "overflow",
+        UpstreamError::Http2Only | UpstreamError::Malformed(_) => "protocol error",
+        UpstreamError::Broken(_) => "connection termination",
+    };
+    let status = if reason == "protocol error" { "502" } else { "503" };
+    let text = "upstream connect error or disconnect/reset before headers. reset reason";
+    made_up(status, &format!("{text}: {reason}"))
+}
+
+/// Sends a guest's request; `None` when its response breaks off, or when it cannot be sent as it is.
 async fn fetch(call_outs: &CallOuts, call: HttpCall) -> Option<HttpCallResponse> {
     let upstream = call_outs.upstream(&call.upstream)?;
     let head = headers::call_head(&pairs_of(&call.headers)).ok()?;
     let trailers = headers::fields(&pairs_of(&call.trailers)).ok().filter(|map| !map.is_empty());
     let body = OutBody::whole(Bytes::from(call.body), trailers);
-    let Answered { response, lease } = upstream.send(head.map(|()| body), false).await.ok()?;
+    let Answered { response, lease } = match upstream.send(head.map(|()| body), false).await {
+        Ok(answered) => answered,
+        Err(error) => return Some(not_answered(&error)),
+    };
     let (mut head, body) = response.into_parts();
     let collected = Limited::new(body, ANSWER_MAX_BYTES).collect().await.ok()?;
     lease.give_back();
@@ -207,62 +243,97 @@ async fn fetch(call_outs: &CallOuts, call: HttpCall) -> Option<HttpCallResponse>
     })
 }
 
-/// Why a gRPC exchange ended before its own status said so.
-type GrpcFailure = (u32, String);
+/// How a gRPC exchange ended: its status, and what was said about it.
+type GrpcEnd = (u32, String);
 
-fn failure(status: u32, message: impl ToString) -> GrpcFailure {
-    (status, message.to_string())
+/// What came of opening a gRPC exchange.
+struct Opened {
+    initial: abi::HeaderMap,
+    /// What follows; or the end, with the trailers that came with it.
+    rest: Result<(Messages, Lease), (GrpcEnd, abi::HeaderMap)>,
 }
 
-async fn unary(call_outs: &CallOuts, call: GrpcCall) -> GrpcEvent {
-    let whole = async {
-        let body = OutBody::whole(framed(&call.message), None);
-        let (response, _lease) =
-            open(call_outs, &call.upstream, &call.service, &call.method, &call.metadata, body).await?;
-        let mut answer = Messages::new(response.into_body());
-        let first = answer.next().await?;
-        let (status, message) = answer.end().await?;
-        match first {
-            Some(first) if status == 0 => Ok(first),
-            None if status == 0 => Err(failure(status::INTERNAL, "the answer has no message")),
-            _ => Err((status, message)),
+impl Opened {
+    /// A failure that the proxy makes up.
+    fn failed(status: u32, initial: abi::HeaderMap, message: String) -> Self {
+        Self { initial, rest: Err(((status, message), abi::HeaderMap::new())) }
+    }
+
+    fn not_answered(error: &UpstreamError) -> Self {
+        let HttpCallResponse { headers, body, .. } = not_answered(error);
+        Self::failed(status::UNAVAILABLE, headers, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    fn of(response: Response<Incoming>, lease: Lease) -> Self {
+        let http2 = response.version() == Version::HTTP_2;
+        let (mut head, body) = response.into_parts();
+        let fields = head.headers.clone();
+        let initial = map_of(headers::response_pairs(&mut head));
+        if !http2 {
+            let message = "the upstream does not speak HTTP/2, which gRPC needs".to_owned();
+            return Self::failed(status::UNAVAILABLE, initial, message);
         }
-    };
-    match whole.await {
-        Ok(message) => GrpcEvent::Message(message),
-        Err((status, message)) => GrpcEvent::Closed { status, message },
+        // An answer of headers alone has its status and its trailers among them.
+        let alone = if body.is_end_stream() { status_in(&fields) } else { None };
+        match alone {
+            Some(end) => Self { initial: abi::HeaderMap::new(), rest: Err((end, initial)) },
+            None if head.status != StatusCode::OK => {
+                Self::failed(status::of_http(head.status.as_u16()), initial, String::new())
+            }
+            None => Self { initial, rest: Ok((Messages::new(body), lease)) },
+        }
     }
 }
 
+async fn unary(call_outs: &CallOuts, call: GrpcCall) -> GrpcEvent {
+    let body = OutBody::whole(framed(&call.message), None);
+    let opened = open(call_outs, &call.upstream, &call.service, &call.method, &call.metadata, body).await;
+    let (mut answer, _lease) = match opened.rest {
+        Ok(answer) => answer,
+        Err(((status, message), _)) => return GrpcEvent::Closed { status, message },
+    };
+    let mut last = None;
+    let end = loop {
+        match answer.next().await {
+            Ok(Some(message)) => last = Some(message),
+            Ok(None) => break answer.end(),
+            Err(end) => break end,
+        }
+    };
+    match (end, last) {
+        ((0, _), Some(message)) => GrpcEvent::Message(message),
+        ((0, _), None) => GrpcEvent::Closed { status: status::INTERNAL, message: String::new() },
+        ((status, message), _) => GrpcEvent::Closed { status, message },
+    }
+}
+
+/// Tells of a stream's initial metadata, messages and trailing metadata, all of which there always are.
 async fn converse(
     call_outs: &CallOuts,
     stream: GrpcStream,
     queue: UnboundedReceiver<Bytes>,
     caller: &impl Caller,
-) -> GrpcFailure {
+) -> GrpcEnd {
     let id = stream.id;
-    let whole = async {
-        let body = OutBody::Messages(queue);
-        let (response, _lease) =
-            open(call_outs, &stream.upstream, &stream.service, &stream.method, &stream.metadata, body)
-                .await?;
-        let (head, body) = response.into_parts();
-        let mut answer = Messages::new(body);
-        // A trailers-only answer has its status among the headers.
-        if let Some(ended) = status_in(&head.headers) {
-            caller.grpc_event(id, GrpcEvent::TrailingMetadata(map_of(headers::trailer_pairs(&head.headers))));
-            return Ok(ended);
+    let body = OutBody::Messages(queue);
+    let Opened { initial, rest } =
+        open(call_outs, &stream.upstream, &stream.service, &stream.method, &stream.metadata, body).await;
+    caller.grpc_event(id, GrpcEvent::InitialMetadata(initial));
+    let (end, trailers) = match rest {
+        Err(ended) => ended,
+        Ok((mut answer, _lease)) => {
+            let end = loop {
+                match answer.next().await {
+                    Ok(Some(message)) => caller.grpc_event(id, GrpcEvent::Message(message)),
+                    Ok(None) => break answer.end(),
+                    Err(end) => break end,
+                }
+            };
+            (end, map_of(headers::trailer_pairs(&answer.trailers)))
         }
-        let initial = map_of(headers::trailer_pairs(&head.headers));
-        caller.grpc_event(id, GrpcEvent::InitialMetadata(initial));
-        while let Some(message) = answer.next().await? {
-            caller.grpc_event(id, GrpcEvent::Message(message));
-        }
-        let trailers = map_of(headers::trailer_pairs(&answer.trailers));
-        caller.grpc_event(id, GrpcEvent::TrailingMetadata(trailers));
-        answer.end().await
     };
-    whole.await.unwrap_or_else(|failure: GrpcFailure| failure)
+    caller.grpc_event(id, GrpcEvent::TrailingMetadata(trailers));
+    end
 }
 
 async fn open(
@@ -272,32 +343,34 @@ async fn open(
     method: &str,
     metadata: &abi::HeaderMap,
     body: OutBody,
-) -> Result<(Response<Incoming>, super::upstream::Lease), GrpcFailure> {
-    let unavailable = |error: &dyn std::fmt::Display| failure(status::UNAVAILABLE, error);
-    let upstream =
-        call_outs.upstream(upstream).ok_or_else(|| unavailable(&"there is no such upstream any more"))?;
-    let path: Uri = format!("/{service}/{method}")
-        .parse()
-        .map_err(|_| failure(status::UNIMPLEMENTED, "the service's name is no path"))?;
+) -> Opened {
+    let wrong = |message: String| Opened::failed(status::INTERNAL, abi::HeaderMap::new(), message);
+    // A reload took it away since the guest asked.
+    let Some(upstream) = call_outs.upstream(upstream) else {
+        return Opened::failed(
+            status::UNAVAILABLE,
+            abi::HeaderMap::new(),
+            "there is no such upstream any more".to_owned(),
+        );
+    };
+    let Ok(path) = format!("/{service}/{method}").parse::<Uri>() else {
+        return wrong("the service's name is no path".to_owned());
+    };
     let mut request = Request::new(body);
     *request.method_mut() = Method::POST;
     *request.uri_mut() = path;
-    *request.headers_mut() =
-        headers::fields(&pairs_of(metadata)).map_err(|error| failure(status::INTERNAL, error))?;
+    *request.headers_mut() = match headers::fields(&pairs_of(metadata)) {
+        Ok(fields) => fields,
+        Err(error) => return wrong(error.to_string()),
+    };
     let fields = request.headers_mut();
     fields.insert(header::HOST, upstream.plan.authority.clone());
     fields.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     fields.insert(header::TE, HeaderValue::from_static("trailers"));
-    let Answered { response, lease } =
-        upstream.send(request, false).await.map_err(|error| unavailable(&error))?;
-    if response.version() != Version::HTTP_2 {
-        return Err(failure(status::UNAVAILABLE, "the upstream does not speak HTTP/2, which gRPC needs"));
+    match upstream.send(request, false).await {
+        Ok(Answered { response, lease }) => Opened::of(response, lease),
+        Err(error) => Opened::not_answered(&error),
     }
-    if response.status() != StatusCode::OK {
-        let message = format!("the upstream answered {}", response.status());
-        return Err(failure(status::UNAVAILABLE, message));
-    }
-    Ok((response, lease))
 }
 
 /// A message with gRPC's prefix.
@@ -322,7 +395,8 @@ impl Messages {
         Self { body, buffer: BytesMut::new(), trailers: HeaderMap::new() }
     }
 
-    async fn next(&mut self) -> Result<Option<Vec<u8>>, GrpcFailure> {
+    /// `None` at the end; what is left of a message that was cut short counts for nothing, as in Envoy.
+    async fn next(&mut self) -> Result<Option<Vec<u8>>, GrpcEnd> {
         loop {
             if let Some(message) = self.take()? {
                 return Ok(Some(message));
@@ -332,23 +406,22 @@ impl Messages {
                     Ok(data) => self.buffer.extend_from_slice(&data),
                     Err(frame) => self.trailers.extend(frame.into_trailers().unwrap_or_default()),
                 },
-                Some(Err(error)) => return Err(failure(status::UNAVAILABLE, error)),
-                None if self.buffer.is_empty() => return Ok(None),
-                None => return Err(failure(status::INTERNAL, "the answer ends within a message")),
+                Some(Err(_)) => return Err((status::INTERNAL, String::new())),
+                None => return Ok(None),
             }
         }
     }
 
-    fn take(&mut self) -> Result<Option<Vec<u8>>, GrpcFailure> {
+    fn take(&mut self) -> Result<Option<Vec<u8>>, GrpcEnd> {
         let Some((&[flag, ref length @ ..], _)) = self.buffer.split_first_chunk::<GRPC_PREFIX_BYTES>() else {
             return Ok(None);
         };
         if flag != 0 {
-            return Err(failure(status::UNIMPLEMENTED, "the answer is compressed, which nobody asked for"));
+            return Err((status::INTERNAL, "it is compressed, which nobody asked for".to_owned()));
         }
         let length = length.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
         if length > ANSWER_MAX_BYTES {
-            return Err(failure(status::RESOURCE_EXHAUSTED, "the answer has too long a message"));
+            return Err((status::RESOURCE_EXHAUSTED, "the answer has too long a message".to_owned()));
         }
         if self.buffer.len() < GRPC_PREFIX_BYTES + length {
             return Ok(None);
@@ -358,14 +431,12 @@ impl Messages {
     }
 
     /// Status and text, once no message follows.
-    async fn end(&mut self) -> Result<GrpcFailure, GrpcFailure> {
-        while self.next().await?.is_some() {}
-        let missing = || failure(status::UNKNOWN, "the answer ends without a grpc-status");
-        Ok(status_in(&self.trailers).unwrap_or_else(missing))
+    fn end(&self) -> GrpcEnd {
+        status_in(&self.trailers).unwrap_or((status::UNKNOWN, String::new()))
     }
 }
 
-fn status_in(headers: &HeaderMap) -> Option<GrpcFailure> {
+fn status_in(headers: &HeaderMap) -> Option<GrpcEnd> {
     let text = |name: &'static str| headers.get(HeaderName::from_static(name))?.to_str().ok();
     let message = text("grpc-message").unwrap_or_default().to_owned();
     Some((text("grpc-status")?.parse().ok()?, message))

@@ -258,16 +258,14 @@ impl Link {
     }
 
     fn failed_open(&self) -> bool {
-        self.broken.is_some() && self.policy == FailurePolicy::FailOpen
+        self.broken.is_some() && self.policy.is_open()
     }
 
     /// What a filter that failed open still held; once.
     fn salvage(&mut self, direction: Direction) -> Release {
         let salvaged = std::mem::replace(&mut self.salvaged[direction as usize], true);
         match &mut self.broken {
-            Some(filter) if !salvaged && self.policy == FailurePolicy::FailOpen => {
-                filter.take_held(direction)
-            }
+            Some(filter) if !salvaged && self.policy.is_open() => filter.take_held(direction),
             _ => Release::default(),
         }
     }

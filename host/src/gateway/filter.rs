@@ -12,6 +12,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -43,8 +45,19 @@ pub struct ConnectionInfo {
     pub local: SocketAddr,
     /// Whether the client speaks TLS.
     pub tls: bool,
+    /// Whether the client showed a certificate, which one of the listener's authorities vouches for.
+    pub mtls: bool,
     /// `HTTP/1.1`, `HTTP/2` or `HTTP/1.0`, of this request.
     pub protocol: &'static str,
+}
+
+/// Where an exchange goes, as the configuration names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteInfo {
+    /// The route's name.
+    pub name: Arc<str>,
+    /// The upstream's name.
+    pub upstream: Arc<str>,
 }
 
 /// What is to happen after the filter has seen a piece of the exchange.
@@ -172,7 +185,16 @@ pub trait FilterFactory: Send + Sync {
     ///
     /// # Errors
     /// [`FilterError::Unavailable`] when there is none to be had now.
-    fn open(&self, connection: &ConnectionInfo) -> Result<Box<dyn HttpFilter>, FilterError>;
+    fn open(
+        &self,
+        connection: &ConnectionInfo,
+        route: &RouteInfo,
+    ) -> Result<Box<dyn HttpFilter>, FilterError>;
+
+    /// After a refusal to open: waits for a VM that is being started, if one is, and not for long.
+    fn soon(&self) -> Option<Pin<Box<dyn Future<Output = ()> + Send + '_>>> {
+        None
+    }
 
     /// Whether an exchange that arrives now would be inspected.
     fn ready(&self) -> bool {

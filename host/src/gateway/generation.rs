@@ -7,6 +7,7 @@
 //!
 //! Cost of a lookup: a read lock and a scan of the routes.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use http::{HeaderMap, Method};
 use sha2::{Digest, Sha256};
 
 use super::error::GatewayError;
-use super::filter::FilterFactory;
+use super::filter::{FilterFactory, RouteInfo};
 use super::options::FailurePolicy;
 use super::plan::{FilterCode, FilterPlan, Limits, Plan, RoutePlan};
 use super::upstream::Upstream;
@@ -34,6 +35,8 @@ pub(super) struct Terms {
 /// One route, ready to take requests.
 pub(super) struct Route {
     pub(super) plan: RoutePlan,
+    /// What filters are told of it.
+    pub(super) info: RouteInfo,
     pub(super) upstream: Arc<Upstream>,
     pub(super) filters: Vec<Arc<Filter>>,
     pub(super) terms: Terms,
@@ -74,9 +77,10 @@ impl Generation {
     ) -> Result<Self, GatewayError> {
         let mut filters: Vec<Arc<Filter>> = Vec::with_capacity(plan.filters.len());
         let names: Vec<Arc<str>> = plan.upstreams.iter().map(|upstream| Arc::clone(&upstream.name)).collect();
+        let cache = plan.module_cache.as_deref();
         for filter in plan.filters {
             let running = previous.iter().flat_map(|previous| &previous.filters).chain(&filters);
-            let filter = start_filter(filter, running, &names, process).await?;
+            let filter = start_filter(filter, running, &names, cache, process).await?;
             filters.push(filter);
         }
         let upstreams: Vec<Arc<Upstream>> = plan
@@ -100,8 +104,13 @@ impl Generation {
             .routes
             .into_iter()
             .map(|route| {
+                let upstream = Arc::clone(&upstreams[route.upstream]);
                 Arc::new(Route {
-                    upstream: Arc::clone(&upstreams[route.upstream]),
+                    info: RouteInfo {
+                        name: Arc::clone(&route.name),
+                        upstream: Arc::clone(&upstream.plan.name),
+                    },
+                    upstream,
                     filters: route.filters.iter().map(|at| Arc::clone(&filters[*at])).collect(),
                     terms: Terms {
                         upstream_timeout: route.timeout,
@@ -133,6 +142,7 @@ async fn start_filter<'f>(
     plan: FilterPlan,
     running: impl Iterator<Item = &'f Arc<Filter>> + Clone,
     upstreams: &[Arc<str>],
+    cache: Option<&Path>,
     process: &Arc<Process>,
 ) -> Result<Arc<Filter>, GatewayError> {
     let (name, failure_policy) = (Arc::clone(&plan.name), plan.failure_policy);
@@ -164,7 +174,7 @@ async fn start_filter<'f>(
     }
     let module = match compiled {
         Some(module) => module,
-        None => WasmFilters::compile(&name, bytes).await?,
+        None => WasmFilters::compile(&name, bytes, cache).await?,
     };
     let factory = WasmFilters::start(&plan, module.clone(), upstreams, process).await?;
     let identity = Identity::Wasm { code, settings, module };
@@ -181,9 +191,20 @@ fn settings_digest(plan: &FilterPlan, upstreams: &[Arc<str>]) -> [u8; 32] {
     add(plan.name.as_bytes());
     add(&plan.plugin_configuration);
     add(plan.root_id.as_bytes());
+    add(plan.vm.id.as_bytes());
+    add(&plan.vm.configuration);
+    for (name, value) in &plan.vm.environment {
+        add(name.as_bytes());
+        add(value.as_bytes());
+    }
+    // Where the variables end.
+    add(&[]);
     add(&plan.vms.to_le_bytes());
     add(&plan.max_buffer_bytes.to_le_bytes());
     add(&[u8::from(plan.allow_on_headers_stop_iteration)]);
+    // What becomes of exchanges is the chain's business; when a VM comes back is its own.
+    let reload = (plan.failure_policy == FailurePolicy::FailReload).then_some(plan.reload_backoff);
+    add(format!("{reload:?}").as_bytes());
     for upstream in upstreams {
         add(upstream.as_bytes());
     }

@@ -8,6 +8,9 @@
 //! appear; fields of one name that were scattered come out side by side, which RFC 9110 section 5.3
 //! allows.
 
+use std::hash::{BuildHasher as _, RandomState};
+
+use base64::Engine as _;
 use http::header::{
     self, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -135,7 +138,7 @@ pub(super) fn request_pairs(
     if trailers {
         pairs.push((b"te".to_vec(), b"trailers".to_vec()));
     }
-    if leaving == Some(&Leaving::Websocket) {
+    if leaving.is_some_and(Leaving::is_websocket) {
         pairs.push((b"connection".to_vec(), b"Upgrade".to_vec()));
         pairs.push((b"upgrade".to_vec(), b"websocket".to_vec()));
     }
@@ -224,11 +227,23 @@ pub(super) fn request_head(
         // RFC 9110 section 10.1.4: whoever sends TE names it in Connection.
         headers.insert(CONNECTION, HeaderValue::from_static("te"));
     }
-    if leaving == Some(&Leaving::Websocket) {
+    if leaving.is_some_and(Leaving::is_websocket) {
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     }
+    if leaving == Some(&Leaving::WebsocketStream) {
+        headers.insert(header::SEC_WEBSOCKET_KEY, websocket_key());
+    }
     Ok(request)
+}
+
+/// The nonce that HTTP/1.1 asks for and HTTP/2's clients do not send. It keeps caches from replaying a
+/// handshake and is no secret.
+fn websocket_key() -> HeaderValue {
+    let random = || RandomState::new().hash_one(0).to_le_bytes();
+    let key = base64::engine::general_purpose::STANDARD.encode([random(), random()].concat());
+    // Base64 is visible ASCII.
+    HeaderValue::try_from(key).unwrap_or(HeaderValue::from_static("AAAAAAAAAAAAAAAAAAAAAA=="))
 }
 
 /// A request that a filter makes, in HTTP/1.1's form and without its body.
@@ -275,7 +290,11 @@ pub(super) fn response_head(
     if leaving.is_some() && (status == switching || status.is_success()) {
         headers.remove(CONTENT_LENGTH);
     }
-    if status == switching {
+    if status == switching && leaving == Some(&Leaving::WebsocketStream) {
+        // RFC 8441 section 5: a success says all.
+        headers.remove(header::SEC_WEBSOCKET_ACCEPT);
+        *response.status_mut() = StatusCode::OK;
+    } else if status == switching {
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     }
@@ -363,6 +382,7 @@ mod tests {
         let mut plan = options.plan().expect("a plan");
         let long = std::time::Duration::from_secs(60);
         let route = Route {
+            info: super::super::filter::RouteInfo { name: "1".into(), upstream: "u".into() },
             upstream: Upstream::new(plan.upstreams.remove(0)),
             plan: plan.routes.remove(0),
             filters: Vec::new(),

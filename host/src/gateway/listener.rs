@@ -171,11 +171,12 @@ async fn connection(
         (generation.terms.client_timeout, generation.limits.clone())
     };
     shared.counters.connections.increment();
-    let info = ConnectionInfo {
+    let mut info = ConnectionInfo {
         id: shared.counters.connections.value(),
         peer,
         local,
         tls: tls.is_some(),
+        mtls: false,
         protocol: "HTTP/1.1",
     };
     let opened = async {
@@ -206,6 +207,9 @@ async fn connection(
         () = stopped(&mut stop) => None,
     };
     let Some((wire, http2)) = opened else { return };
+    if let Wire::Tls(stream) = &wire {
+        info.mtls = stream.get_ref().1.peer_certificates().is_some();
+    }
     let io = TokioIo::new(Patient::new(wire, patience));
     let service = service_fn({
         let shared = Arc::clone(&shared);
@@ -225,7 +229,8 @@ async fn connection(
             .max_concurrent_streams(limits.streams)
             .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
             .keep_alive_interval(patience)
-            .keep_alive_timeout(patience);
+            .keep_alive_timeout(patience)
+            .enable_connect_protocol();
         let mut connection = pin!(builder.serve_connection(io, service));
         tokio::select! {
             ended = &mut connection => ended,

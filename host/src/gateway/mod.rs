@@ -17,7 +17,7 @@
 //!   filter.rs       the trait;  wasm.rs  implements it with host::abi;  callout.rs  filters' own calls
 //! ```
 //!
-//! Left out on purpose: retries (an LLM call is not idempotent), load balancing, HTTP/3, caching.
+//! Left out on purpose: retries of answers and time-outs (an LLM call is not idempotent), load balancing, HTTP/3, caching.
 
 mod access_log;
 mod admin;

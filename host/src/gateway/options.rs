@@ -14,7 +14,9 @@ use super::access_log::AccessLogTarget;
 use super::config::{Connect, HostHeader, HttpVersion};
 use super::error::GatewayError;
 use super::filter::FilterFactory;
-use super::plan::{FilterCode, FilterPlan, Limits, ListenerPlan, Matches, Plan, RoutePlan, UpstreamPlan};
+use super::plan::{
+    FilterCode, FilterPlan, Limits, ListenerPlan, Matches, Plan, RoutePlan, UpstreamPlan, VmPlan,
+};
 use super::tls;
 use crate::replay::find_filter;
 use crate::train::plugin_configuration;
@@ -22,7 +24,7 @@ use crate::train::plugin_configuration;
 /// "For ever", and far from the limits of timer arithmetic.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// What becomes of an exchange whose filter is broken.
+/// What becomes of an exchange whose filter is broken. Whatever the policy, a lost VM is replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FailurePolicy {
@@ -33,7 +35,21 @@ pub enum FailurePolicy {
     /// It goes on without the filter.
     #[value(name = "fail_open", alias = "fail-open")]
     FailOpen,
+    /// It is refused with 503, and a lost VM is replaced as Envoy does it: at once if it had run for
+    /// `reload_backoff`, else when that time is over.
+    #[value(name = "fail_reload", alias = "fail-reload")]
+    FailReload,
 }
+
+impl FailurePolicy {
+    /// Whether traffic passes a broken filter by.
+    pub(super) fn is_open(self) -> bool {
+        self == Self::FailOpen
+    }
+}
+
+/// Envoy's `reload_config.backoff` unless it is set.
+pub(super) const RELOAD_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The filter to run.
 #[derive(Clone)]
@@ -88,6 +104,11 @@ pub struct GatewayOptions {
     pub drain_timeout: Duration,
     /// What becomes of an exchange whose filter is broken.
     pub failure_policy: FailurePolicy,
+    /// Under [`FailurePolicy::FailReload`], the least time from a VM's start to the next.
+    pub reload_backoff: Duration,
+    /// Folder in which compiled modules are kept, so that a restart does not compile again; checked
+    /// against their digests, and not used if others may write to it. `None`: nowhere.
+    pub module_cache: Option<PathBuf>,
     /// Most bytes of one message the filter may hold; above it 413 (request) or 500 (response).
     pub max_buffer_bytes: usize,
     /// Whether body callbacks run while the filter holds the headers (Envoy's
@@ -111,6 +132,8 @@ impl GatewayOptions {
             client_timeout: Duration::from_secs(60),
             drain_timeout: Duration::from_secs(30),
             failure_policy: FailurePolicy::default(),
+            reload_backoff: RELOAD_BACKOFF,
+            module_cache: None,
             max_buffer_bytes: 4 << 20,
             allow_on_headers_stop_iteration: false,
         }
@@ -138,8 +161,10 @@ impl GatewayOptions {
                 code,
                 plugin_configuration: self.plugin_configuration,
                 root_id: self.root_id,
+                vm: VmPlan::default(),
                 vms: self.workers,
                 failure_policy: self.failure_policy,
+                reload_backoff: self.reload_backoff,
                 max_buffer_bytes: self.max_buffer_bytes,
                 allow_on_headers_stop_iteration: self.allow_on_headers_stop_iteration,
             })
@@ -169,6 +194,7 @@ impl GatewayOptions {
                 connect: Connect::Refuse,
             }],
             limits,
+            module_cache: self.module_cache,
             filters,
             upstreams: vec![UpstreamPlan {
                 connect_timeout: upstream.connect_timeout.min(self.upstream_timeout),
@@ -190,12 +216,13 @@ impl GatewayOptions {
             ("upstream_timeout", self.upstream_timeout, Duration::from_millis(1)),
             ("client_timeout", self.client_timeout, Duration::from_millis(1)),
             ("drain_timeout", self.drain_timeout, Duration::ZERO),
+            ("reload_backoff", self.reload_backoff, Duration::ZERO),
         ] {
             if value < least || value > LONGEST {
                 return Err(GatewayError::Setting {
                     setting,
                     value: format!("{value:?}"),
-                    hint: "it has to be between 1 ms (a drain: 0) and a year",
+                    hint: "it has to be between 1 ms (a drain or a back-off: 0) and a year",
                 });
             }
         }
@@ -302,6 +329,12 @@ pub struct Args {
     /// What becomes of an exchange whose filter crashed
     #[arg(long, value_enum, default_value_t)]
     pub failure_policy: FailurePolicy,
+    /// Seconds from a VM's start to the next, under fail_reload
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    pub reload_backoff: Duration,
+    /// Folder to keep compiled modules in, so that a restart does not compile again
+    #[arg(long, value_name = "DIR")]
+    pub module_cache: Option<PathBuf>,
     /// Most bytes of one message the filter may hold
     #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
     pub max_buffer_bytes: usize,
@@ -321,7 +354,13 @@ impl TryFrom<Args> for GatewayOptions {
     fn try_from(args: Args) -> Result<Self, GatewayError> {
         let plugin_configuration = match (&args.config, &args.baseline) {
             (None, None) => Vec::new(),
-            (config, baseline) => plugin_configuration(config.as_deref(), baseline.as_deref())?,
+            // Other filters than Driftlock's have configurations of any kind.
+            (Some(path), None) => std::fs::read(path).map_err(|source| GatewayError::File {
+                action: "read the plugin configuration",
+                path: path.clone(),
+                source,
+            })?,
+            (config, Some(baseline)) => plugin_configuration(config.as_deref(), Some(baseline))?,
         };
         let filter = match args.no_filter {
             true => FilterSource::None,
@@ -344,6 +383,8 @@ impl TryFrom<Args> for GatewayOptions {
             client_timeout: args.client_timeout,
             drain_timeout: args.drain_timeout,
             failure_policy: args.failure_policy,
+            reload_backoff: args.reload_backoff,
+            module_cache: args.module_cache,
             max_buffer_bytes: args.max_buffer_bytes,
             allow_on_headers_stop_iteration: args.allow_on_headers_stop_iteration,
             ..defaults

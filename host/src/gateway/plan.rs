@@ -26,6 +26,8 @@ pub(super) struct Plan {
     pub(super) drain_timeout: Duration,
     pub(super) tunnel_idle_timeout: Duration,
     pub(super) limits: Limits,
+    /// Where compiled modules are kept.
+    pub(super) module_cache: Option<PathBuf>,
     pub(super) filters: Vec<FilterPlan>,
     pub(super) upstreams: Vec<UpstreamPlan>,
     pub(super) routes: Vec<RoutePlan>,
@@ -71,10 +73,20 @@ pub(super) struct FilterPlan {
     pub(super) code: FilterCode,
     pub(super) plugin_configuration: Vec<u8>,
     pub(super) root_id: String,
+    pub(super) vm: VmPlan,
     pub(super) vms: usize,
     pub(super) failure_policy: FailurePolicy,
+    pub(super) reload_backoff: Duration,
     pub(super) max_buffer_bytes: usize,
     pub(super) allow_on_headers_stop_iteration: bool,
+}
+
+/// What a filter's VMs are told of themselves (Envoy's `vm_config`).
+#[derive(Clone, Default)]
+pub(super) struct VmPlan {
+    pub(super) id: String,
+    pub(super) configuration: Vec<u8>,
+    pub(super) environment: Vec<(String, String)>,
 }
 
 /// What a filter runs.

@@ -25,7 +25,7 @@ use super::lane::{Lane, LaneError, Source};
 use super::tunnel::{FarEnd, Leaving};
 use super::upstream::{Answered, OutBody};
 use super::wire::Wire;
-use super::{FailurePolicy, Shared, headers, tunnel};
+use super::{Shared, headers, tunnel};
 
 /// A reply of the gateway's own: status, code for programs, sentence for people.
 struct Refusal(u16, &'static str, String);
@@ -141,9 +141,12 @@ pub(super) async fn serve(
     connection: ConnectionInfo,
     mut request: Request<Incoming>,
 ) -> Result<Response<Lane>, Cut> {
-    let leaving = Leaving::asked(request.method(), request.headers());
+    let leaving = Leaving::asked(&request);
     let near = leaving.as_ref().map(|_| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
+    if leaving == Some(Leaving::WebsocketStream) {
+        head.method = Method::GET;
+    }
     let generation = shared.generation();
     let path = head.uri.path_and_query().map_or_else(|| head.uri.to_string(), ToString::to_string);
     let authority = headers::authority(&head);
@@ -162,6 +165,7 @@ pub(super) async fn serve(
     let exchange = Exchange::new(shared, terms, record);
     let guard = Guard::new(Arc::clone(&exchange));
     let leaving = leaving.filter(|leaving| match route.as_ref().map(|route| &route.plan) {
+        // One of HTTP/2 cannot go on as a plain request: `admit` refuses it.
         Some(plan) if *leaving == Leaving::Websocket => plan.websocket,
         _ => true,
     });
@@ -193,6 +197,10 @@ fn admit<'r>(
     })?;
     let route = route
         .ok_or_else(|| Refusal(404, "no_route", "no route of the gateway takes this request".to_owned()))?;
+    if leaving == Some(&Leaving::WebsocketStream) && !route.plan.websocket {
+        let message = "no websockets pass here".to_owned();
+        return Err(Refusal(501, "websocket_refused", message));
+    }
     if leaving == Some(&Leaving::Connect) && route.plan.connect == Connect::Refuse {
         let message = "this gateway is a reverse proxy and does not tunnel here".to_owned();
         return Err(Refusal(405, "method_not_supported", message));
@@ -214,7 +222,7 @@ async fn forward(
     body: Incoming,
     leaving: Option<&Leaving>,
 ) -> Result<Forwarded, Detour> {
-    open_filters(exchange, route, connection)?;
+    open_filters(exchange, route, connection).await?;
     let source = if leaving.is_some() { Source::Tunnel } else { Source::Peer(body) };
     let mut lane = Lane::start(Arc::clone(exchange), Direction::Request, pairs, source, None)
         .map_err(|error| Detour::from_lane(error, exchange))?;
@@ -238,9 +246,9 @@ async fn forward(
         answer(exchange, route, head.map(|()| body), leaving.is_some()).await?;
     exchange.edit_record(|record| record.from_upstream = true);
     let far = match leaving {
-        Some(Leaving::Websocket) if response.status() == StatusCode::SWITCHING_PROTOCOLS => true,
         Some(Leaving::Connect) => response.status().is_success(),
-        _ => false,
+        Some(_) => response.status() == StatusCode::SWITCHING_PROTOCOLS,
+        None => false,
     };
     let far = far.then(|| hyper::upgrade::on(&mut response));
     let (mut head, body) = response.into_parts();
@@ -276,17 +284,24 @@ async fn tunnelled(
     Ok(Forwarded { pairs, lane, far: Some(far) })
 }
 
-fn open_filters(exchange: &Exchange, route: &Route, connection: &ConnectionInfo) -> Result<(), Detour> {
+async fn open_filters(exchange: &Exchange, route: &Route, connection: &ConnectionInfo) -> Result<(), Detour> {
     let mut chain = Chain::default();
     for filter in &route.filters {
-        match filter.factory.open(connection) {
+        let mut opened = filter.factory.open(connection, &route.info);
+        if opened.is_err()
+            && let Some(soon) = filter.factory.soon()
+        {
+            soon.await;
+            opened = filter.factory.open(connection, &route.info);
+        }
+        match opened {
             Ok(open) => chain.push(Arc::clone(&filter.name), filter.failure_policy, open),
             Err(error) => {
                 exchange.shared.counters.filter_failures.increment();
                 exchange.edit_record(|record| record.filter_failed = true);
                 let (name, policy) = (&*filter.name, filter.failure_policy);
                 tracing::warn!(target: "driftlock::gateway", filter = name, %error, ?policy, "exchange without a filter");
-                if policy == FailurePolicy::FailClosed {
+                if !policy.is_open() {
                     exchange.set_chain(chain);
                     return Err(filter_failed("no filter is ready").into());
                 }

@@ -4,18 +4,20 @@
 //! last byte of the response, and gives it back only when both ended cleanly; a lease that is dropped
 //! closes its connection, so no exchange can read another's bytes. HTTP/2 connections are shared up
 //! to the number of streams that the upstream allows. A request that was not written because its
-//! kept connection had just been closed goes out on another; one that was written is never repeated
-//! (an LLM call is not idempotent).
+//! kept connection had just been closed goes out on another. One that was written when such a
+//! connection broke without an answer is sent once more on a new one if its method is idempotent and
+//! its body is at hand (RFC 9112 section 9.3.1; a proxy must not repeat others, and an LLM call is not
+//! idempotent): without this, every connection that an upstream closes unasked costs a request.
 //!
 //! Cost: a short scan under a mutex per request. It replaces hyper-util's `Client`, which rewrites
 //! every URI, cannot pass CONNECT on, and hides which connection a response came on.
 //!
-//! Left out on purpose: retries, health checks, several hosts per upstream (DNS names with several
+//! Left out on purpose: retries after an answer or a time-out, health checks, several hosts per upstream (DNS names with several
 //! addresses are tried in turn).
 
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -60,6 +62,46 @@ impl OutBody {
     pub(super) fn whole(body: Bytes, trailers: Option<HeaderMap>) -> Self {
         Self::Whole(Some(body).filter(|body| !body.is_empty()), trailers)
     }
+
+    /// The same body once more, if all of it is at hand.
+    fn again(&self) -> Option<Self> {
+        match self {
+            Self::Lane(lane) => lane.is_end_stream().then_some(Self::Whole(None, None)),
+            Self::Whole(body, trailers) => Some(Self::Whole(body.clone(), trailers.clone())),
+            Self::Messages(_) => None,
+        }
+    }
+}
+
+/// A copy of a request that may be sent twice.
+fn spare(request: &Request<OutBody>) -> Option<Request<OutBody>> {
+    if !request.method().is_idempotent() {
+        return None;
+    }
+    let mut copy = Request::new(request.body().again()?);
+    copy.method_mut().clone_from(request.method());
+    copy.uri_mut().clone_from(request.uri());
+    copy.headers_mut().clone_from(request.headers());
+    Some(copy)
+}
+
+/// Whether a connection ended without an answer, rather than with a bad one.
+fn hung_up(error: &hyper::Error) -> bool {
+    if error.is_incomplete_message() || error.is_closed() || error.is_canceled() {
+        return true;
+    }
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        if let Some(error) = source.downcast_ref::<io::Error>() {
+            use io::ErrorKind::{
+                BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof,
+            };
+            let kinds = [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof];
+            return kinds.contains(&error.kind());
+        }
+        cause = source.source();
+    }
+    false
 }
 
 impl Body for OutBody {
@@ -117,9 +159,12 @@ pub(super) enum UpstreamError {
     /// The request needs HTTP/1.1.
     #[error("the upstream speaks HTTP/2 only, which this request cannot use")]
     Http2Only,
-    /// The connection broke, or the answer is no HTTP.
-    #[error("the upstream closed the connection or broke HTTP before it answered ({0})")]
+    /// The connection broke.
+    #[error("the upstream closed the connection before it answered ({0})")]
     Broken(String),
+    /// The answer is no HTTP.
+    #[error("the upstream's answer is no HTTP that could be passed on ({0})")]
+    Malformed(String),
 }
 
 impl UpstreamError {
@@ -132,6 +177,7 @@ impl UpstreamError {
             Self::Saturated(_) => (503, "upstream_saturated"),
             Self::Http2Only => (502, "upstream_http2_only"),
             Self::Broken(_) => (502, "upstream_failed"),
+            Self::Malformed(_) => (502, "upstream_malformed"),
         }
     }
 }
@@ -143,7 +189,7 @@ fn broken(error: &hyper::Error) -> UpstreamError {
         text = format!("{text}: {source}");
         cause = source.source();
     }
-    UpstreamError::Broken(text)
+    if error.is_parse() { UpstreamError::Malformed(text) } else { UpstreamError::Broken(text) }
 }
 
 /// What the upstream's connections have done.
@@ -151,6 +197,7 @@ fn broken(error: &hyper::Error) -> UpstreamError {
 pub(super) struct PoolCounters {
     pub(super) requests: Counter,
     pub(super) failures: Counter,
+    pub(super) repeated: Counter,
     pub(super) connections: Counter,
     pub(super) open: Counter,
 }
@@ -165,6 +212,8 @@ struct Idle {
 struct Multiplexed {
     sender: http2::SendRequest<OutBody>,
     streams: Arc<AtomicUsize>,
+    /// It has answered: if it breaks, it need not be the request's fault.
+    answered: Arc<AtomicBool>,
 }
 
 /// One upstream and its connections.
@@ -300,11 +349,18 @@ impl Upstream {
         }
         let mut slot = self.slot().await?;
         while let Some(sender) = self.idle_connection() {
+            let copy = spare(&request);
             match self.send_http1(sender, slot, request).await {
                 Ok(answered) => return Ok(answered),
-                Err((error, None)) => return Err(broken(&error)),
                 // The upstream closed a kept connection before anything was written to it.
                 Err((_, Some(back))) => (request, slot) = *back,
+                Err((error, None)) => {
+                    let Some(copy) = copy.filter(|_| hung_up(&error)) else { return Err(broken(&error)) };
+                    self.counters.repeated.increment();
+                    (request, slot) = (copy, self.slot().await?);
+                    // Others of that age may be as dead: on a new one, which has no second chance.
+                    break;
+                }
             }
         }
         let Opened::Http1(sender) = self.open(true).await? else {
@@ -392,11 +448,20 @@ impl Upstream {
         into_http2(&mut request, self.plan.tls.is_some());
         for last in [false, true] {
             let count = StreamCount::new(&shared.streams);
+            let used = !last && shared.answered.load(Ordering::Relaxed);
+            let copy = if used { spare(&request) } else { None };
             match shared.sender.try_send_request(request).await {
-                Ok(response) => return Ok(Answered { response, lease: Lease::Http2(count) }),
-                Err(mut error) => match error.take_message() {
+                Ok(response) => {
+                    shared.answered.store(true, Ordering::Relaxed);
+                    return Ok(Answered { response, lease: Lease::Http2(count) });
+                }
+                Err(mut error) => match (error.take_message(), copy) {
                     // Ended by the upstream (GOAWAY) before the request was written.
-                    Some(back) if !last => request = back,
+                    (Some(back), _) if !last => request = back,
+                    (None, Some(copy)) if hung_up(error.error()) => {
+                        self.counters.repeated.increment();
+                        request = copy;
+                    }
                     _ => return Err(broken(error.error())),
                 },
             }
@@ -435,7 +500,7 @@ impl Upstream {
                     tracing::debug!(target: "driftlock::gateway", %error, "upstream connection ended");
                 }
             });
-            let shared = Multiplexed { sender, streams: Arc::default() };
+            let shared = Multiplexed { sender, streams: Arc::default(), answered: Arc::default() };
             lock(&self.multiplexed).push(shared.clone());
             return Ok(Opened::Http2(shared));
         }

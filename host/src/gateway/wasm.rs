@@ -2,15 +2,18 @@
 //!
 //! A fixed number of VMs, each behind a mutex; an exchange stays on the VM it was opened on, chosen
 //! in turn. Each VM has a task that ticks it and, when the guest crashed, starts a new one off the
-//! async threads; until then exchanges go to the other VMs. A VM that crashes soon after its start
-//! waits longer and longer for the next, so that a request that always crashes the filter cannot
-//! keep a processor busy with starts.
+//! async threads, from a spare that is kept instantiated; until then exchanges go to the other VMs. A
+//! VM that crashes soon after its start waits longer and longer for the next, or (fail_reload) as long
+//! as Envoy would, so that a request that always crashes the filter cannot keep a processor busy with
+//! starts. An exchange that comes while the only VM is being started waits for it.
 //!
 //! A guest calls other services by the names of the gateway's upstreams, through their connections;
 //! a name that is none of them is BadArgument, as Envoy's unknown cluster is. Shared queues are
 //! delivered from the VM's own task.
 
 use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
@@ -25,16 +28,21 @@ use super::callout::{CallOuts, Caller, Carrier, Open};
 use super::error::GatewayError;
 use super::filter::{
     ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply,
-    Release, Step,
+    Release, RouteInfo, Step,
 };
 use super::metrics;
+use super::options::FailurePolicy;
 use super::plan::FilterPlan;
 use crate::abi::{
-    self, AbiError, GrpcEvent, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause, HttpCallResponse, Limits, LogLevel,
-    LogLine, LogSink, MapType, MetricValue, Module, Plugin, PluginOptions, PropertyValue, SharedState,
-    StreamId,
+    self, AbiError, CacheUse, CompileOptions, GrpcEvent, HISTOGRAM_BOUNDS, HeaderMap, HeadersPause,
+    HttpCallResponse, Limits, LogLevel, LogLine, LogSink, MapType, MetricValue, Module, Plugin,
+    PluginOptions, Pool, PropertyValue, SharedState, StreamId,
 };
 
+/// Longest wait of an exchange for a VM that is being started.
+const START_PATIENCE: Duration = Duration::from_secs(1);
+/// Spares of each filter.
+const SPARES: usize = 1;
 /// A VM that lived this long before it crashed is replaced at once.
 const HEALTHY_LIFE: Duration = Duration::from_secs(10);
 /// First and longest wait before a VM that crashed early is replaced.
@@ -56,15 +64,50 @@ pub(super) struct WasmFilters {
     vms: Vec<Arc<Vm>>,
     next: AtomicUsize,
     tenders: Vec<JoinHandle<()>>,
+    maker: Arc<Maker>,
 }
 
 /// A place for a running plugin.
 struct Vm {
     life: Mutex<Option<Arc<Life>>>,
+    replacement: Mutex<Replacement>,
     /// The life changed its tick period, or ended.
     changed: Notify,
     /// A shared queue has items for the guest.
     queued: Notify,
+}
+
+/// When a lost VM's place is filled again.
+struct Replacement {
+    /// Envoy's back-off, counted from the last start; `None`: the gateway's own, which grows.
+    reload_backoff: Option<Duration>,
+    /// The gateway's own, for the next crash.
+    wait: Duration,
+    started: Instant,
+    due: Instant,
+}
+
+impl Replacement {
+    fn new(reload_backoff: Option<Duration>) -> Self {
+        let now = Instant::now();
+        Self { reload_backoff, wait: BACKOFF.0, started: now, due: now }
+    }
+
+    /// The VM was lost at `now`, or did not start.
+    fn lost(&mut self, now: Instant) {
+        self.due = match self.reload_backoff {
+            Some(backoff) => now.max(self.started + backoff),
+            None if now.saturating_duration_since(self.started) >= HEALTHY_LIFE => {
+                self.wait = BACKOFF.0;
+                now
+            }
+            None => {
+                let wait = self.wait;
+                self.wait = (wait * 2).min(BACKOFF.1);
+                now + wait
+            }
+        };
+    }
 }
 
 /// One plugin from its start to its crash.
@@ -109,8 +152,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl WasmFilters {
     /// Compiles a module, off the async threads.
-    pub(super) async fn compile(name: &Arc<str>, bytes: Arc<[u8]>) -> Result<Module, GatewayError> {
-        blocking(name, move || Module::compile(&bytes)).await
+    /// `cache`: a folder that may have what comes of it.
+    pub(super) async fn compile(
+        name: &Arc<str>,
+        bytes: Arc<[u8]>,
+        cache: Option<&Path>,
+    ) -> Result<Module, GatewayError> {
+        let options =
+            CompileOptions { cache_directory: cache.map(Path::to_owned), ..CompileOptions::default() };
+        let module = blocking(name, move || Module::compile_with(&bytes, &options)).await?;
+        match module.cache_use() {
+            CacheUse::Unusable { reason } | CacheUse::Replaced { reason } => {
+                let filter = &**name;
+                tracing::warn!(target: "driftlock::gateway", filter, reason, "compiled anew: the module cache did not serve");
+            }
+            _ => {}
+        }
+        Ok(module)
     }
 
     /// Starts a filter's VMs. Inside a tokio runtime.
@@ -120,10 +178,13 @@ impl WasmFilters {
         upstreams: &[Arc<str>],
         process: &Arc<Process>,
     ) -> Result<Self, GatewayError> {
+        let options = plugin_options(plan, upstreams, process.shared.clone());
         let maker = Arc::new(Maker {
             name: Arc::clone(&plan.name),
-            module,
-            options: plugin_options(plan, upstreams, process.shared.clone()),
+            limit_bytes: options.limits.request_buffer_bytes,
+            pool: Pool::new(module, options, SPARES),
+            reload_backoff: (plan.failure_policy == FailurePolicy::FailReload).then_some(plan.reload_backoff),
+            started: Notify::new(),
             process: Arc::clone(process),
         });
         // The first start is the canary: if it fails, one message is enough.
@@ -138,7 +199,8 @@ impl WasmFilters {
         }
         let tenders =
             vms.iter().map(|vm| tokio::spawn(tend(Arc::downgrade(vm), Arc::clone(&maker)))).collect();
-        Ok(Self { name: Arc::clone(&plan.name), vms, next: AtomicUsize::new(0), tenders })
+        maker.fill_pool();
+        Ok(Self { name: Arc::clone(&plan.name), vms, next: AtomicUsize::new(0), tenders, maker })
     }
 }
 
@@ -162,8 +224,9 @@ fn plugin_options(plan: &FilterPlan, upstreams: &[Arc<str>], shared: SharedState
         name: plan.name.as_ref().to_owned(),
         root_id: plan.root_id.clone(),
         plugin_configuration: plan.plugin_configuration.clone(),
-        // 1 is INBOUND in Envoy's TrafficDirection.
-        properties: vec![(vec!["listener_direction".to_owned()], PropertyValue::Int(1))],
+        vm_id: plan.vm.id.clone(),
+        vm_configuration: plan.vm.configuration.clone(),
+        environment: plan.vm.environment.clone(),
         limits: Limits {
             request_buffer_bytes: plan.max_buffer_bytes,
             response_buffer_bytes: plan.max_buffer_bytes,
@@ -223,22 +286,41 @@ fn not_started(name: &str, error: &impl std::fmt::Display) -> GatewayError {
 /// What it takes to start another VM of the same filter.
 struct Maker {
     name: Arc<str>,
-    module: Module,
-    options: PluginOptions,
+    pool: Pool,
+    limit_bytes: usize,
+    reload_backoff: Option<Duration>,
+    /// A VM has started.
+    started: Notify,
     process: Arc<Process>,
 }
 
 impl Maker {
     async fn start_vm(self: &Arc<Self>) -> Result<Arc<Vm>, GatewayError> {
-        let vm = Arc::new(Vm { life: Mutex::new(None), changed: Notify::new(), queued: Notify::new() });
+        let vm = Arc::new(Vm {
+            life: Mutex::new(None),
+            replacement: Mutex::new(Replacement::new(self.reload_backoff)),
+            changed: Notify::new(),
+            queued: Notify::new(),
+        });
         self.revive(&vm).await?;
         Ok(vm)
     }
 
-    async fn revive(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), GatewayError> {
+    /// Prepares spares, beside whatever else goes on.
+    fn fill_pool(self: &Arc<Self>) {
         let maker = Arc::clone(self);
-        let mut plugin =
-            blocking(&self.name, move || Plugin::start(&maker.module, maker.options.clone())).await?;
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = maker.pool.fill() {
+                let filter = &*maker.name;
+                tracing::warn!(target: "driftlock::gateway", filter, %error, "no spare VM");
+            }
+        });
+    }
+
+    async fn revive(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), GatewayError> {
+        lock(&vm.replacement).started = Instant::now();
+        let maker = Arc::clone(self);
+        let mut plugin = blocking(&self.name, move || maker.pool.start()).await?;
         let place = Arc::downgrade(vm);
         plugin.on_queue_items(move || {
             if let Some(vm) = place.upgrade() {
@@ -251,7 +333,7 @@ impl Maker {
             running: Mutex::new(running),
             vm: Arc::downgrade(vm),
             me: Weak::clone(me),
-            limit_bytes: self.options.limits.request_buffer_bytes,
+            limit_bytes: self.limit_bytes,
             process: Arc::clone(&self.process),
             open: Arc::default(),
             runtime: Handle::current(),
@@ -259,6 +341,7 @@ impl Maker {
         // Calls that the guest made while it was configured.
         life.after_call(&mut lock(&life.running));
         *lock(&vm.life) = Some(life);
+        self.started.notify_waiters();
         Ok(())
     }
 }
@@ -271,20 +354,17 @@ impl Vm {
 
 /// Ticks a VM and replaces its plugin after a crash, until the gateway is gone.
 async fn tend(vm: Weak<Vm>, maker: Arc<Maker>) {
-    let mut backoff = BACKOFF.0;
-    let mut born = Instant::now();
     loop {
         let Some(vm) = vm.upgrade() else { return };
         let Some(life) = vm.life() else {
-            if born.elapsed() >= HEALTHY_LIFE {
-                backoff = BACKOFF.0;
-            } else {
-                tokio::time::sleep(backoff).await;
-                backoff = (backoff * 2).min(BACKOFF.1);
-            }
-            born = Instant::now();
-            if let Err(error) = maker.revive(&vm).await {
-                tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again");
+            let due = lock(&vm.replacement).due;
+            tokio::time::sleep_until(due.into()).await;
+            match maker.revive(&vm).await {
+                Ok(()) => maker.fill_pool(),
+                Err(error) => {
+                    tracing::error!(target: "driftlock::gateway", %error, "the filter's VM did not start again");
+                    lock(&vm.replacement).lost(Instant::now());
+                }
             }
             continue;
         };
@@ -351,7 +431,8 @@ impl Life {
             running.tick_period = period;
             if let Some(vm) = self.vm.upgrade() {
                 if crashed {
-                    vm.life.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    lock(&vm.replacement).lost(Instant::now());
+                    lock(&vm.life).take();
                 }
                 vm.changed.notify_one();
             }
@@ -612,13 +693,17 @@ impl HttpFilter for WasmFilter {
 }
 
 impl FilterFactory for WasmFilters {
-    fn open(&self, connection: &ConnectionInfo) -> Result<Box<dyn HttpFilter>, FilterError> {
+    fn open(
+        &self,
+        connection: &ConnectionInfo,
+        route: &RouteInfo,
+    ) -> Result<Box<dyn HttpFilter>, FilterError> {
         let first = self.next.fetch_add(1, Ordering::Relaxed);
         let mut last_error = None;
         for offset in 0..self.vms.len() {
             let vm = self.vms.get(first.wrapping_add(offset) % self.vms.len());
             let Some(life) = vm.and_then(|vm| vm.life()) else { continue };
-            match open_on(&life, connection) {
+            match open_on(&life, connection, route) {
                 Ok(filter) => return Ok(Box::new(filter)),
                 Err(error) => last_error = Some(error),
             }
@@ -631,6 +716,18 @@ impl FilterFactory for WasmFilters {
         ))
     }
 
+    fn soon(&self) -> Option<Pin<Box<dyn Future<Output = ()> + Send + '_>>> {
+        let now = Instant::now();
+        self.vms.iter().find(|vm| lock(&vm.replacement).due <= now)?;
+        Some(Box::pin(async {
+            let started = self.maker.started.notified();
+            // It may have come in between.
+            if !self.ready() {
+                let _ = tokio::time::timeout(START_PATIENCE, started).await;
+            }
+        }))
+    }
+
     fn ready(&self) -> bool {
         self.vms.iter().any(|vm| vm.life().is_some())
     }
@@ -640,23 +737,44 @@ impl FilterFactory for WasmFilters {
     }
 }
 
-fn open_on(life: &Arc<Life>, connection: &ConnectionInfo) -> Result<WasmFilter, AbiError> {
+/// What a guest can ask about an exchange beside its messages.
+struct Told {
+    connection: ConnectionInfo,
+    route: RouteInfo,
+    begun: SystemTime,
+}
+
+impl Told {
+    /// By Envoy's names.
+    fn property(&self, path: &[u8]) -> Option<PropertyValue> {
+        let Self { connection, route, begun } = self;
+        Some(match path {
+            b"source\0address" => connection.peer.to_string().as_str().into(),
+            b"source\0port" => i64::from(connection.peer.port()).into(),
+            b"destination\0address" => connection.local.to_string().as_str().into(),
+            b"destination\0port" => i64::from(connection.local.port()).into(),
+            b"connection\0id" => PropertyValue::Uint(connection.id),
+            b"request\0protocol" => connection.protocol.into(),
+            b"request\0time" => {
+                let since = begun.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+                PropertyValue::TimestampNs(i64::try_from(since).unwrap_or(i64::MAX))
+            }
+            // 1 is INBOUND in Envoy's TrafficDirection.
+            b"listener_direction" | b"xds\0listener_direction" => 1.into(),
+            b"connection\0mtls" => connection.mtls.into(),
+            b"xds\0route_name" => (&*route.name).into(),
+            b"xds\0cluster_name" => (&*route.upstream).into(),
+            _ => return None,
+        })
+    }
+}
+
+fn open_on(life: &Arc<Life>, connection: &ConnectionInfo, route: &RouteInfo) -> Result<WasmFilter, AbiError> {
     let mut running = lock(&life.running);
     let opened = running.plugin.stream();
     if let Ok(stream) = opened {
-        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
-        let properties: [(&[&str], PropertyValue); 7] = [
-            (&["source", "address"], connection.peer.to_string().as_str().into()),
-            (&["source", "port"], i64::from(connection.peer.port()).into()),
-            (&["destination", "address"], connection.local.to_string().as_str().into()),
-            (&["destination", "port"], i64::from(connection.local.port()).into()),
-            (&["connection", "id"], PropertyValue::Uint(connection.id)),
-            (&["request", "protocol"], connection.protocol.into()),
-            (&["request", "time"], PropertyValue::TimestampNs(i64::try_from(now_ns).unwrap_or(i64::MAX))),
-        ];
-        for (path, value) in properties {
-            running.plugin.set_property(stream, path, value)?;
-        }
+        let told = Told { connection: *connection, route: route.clone(), begun: SystemTime::now() };
+        running.plugin.properties_from(stream, move |path| told.property(path))?;
         let mailbox = Arc::new(Mailbox::default());
         running.mailboxes.insert(stream, Arc::clone(&mailbox));
         life.after_call(&mut running);

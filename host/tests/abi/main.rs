@@ -4,13 +4,16 @@
 
 mod guest;
 
+mod attributes;
 mod bodies;
+mod callouts;
 mod calls;
 mod connections;
 mod envoy;
 mod grpc;
 mod hostile;
 mod limits;
+mod policies;
 mod replies;
 mod sdk;
 mod session;

@@ -12,8 +12,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use driftlock_host::envoy::{Envoy, EnvoyOptions, find_binary};
-use driftlock_host::gateway::{FilterSource, Gateway, GatewayOptions};
+use driftlock_host::envoy::{Envoy, EnvoyOptions, FailurePolicy as EnvoyPolicy, find_binary};
+use driftlock_host::gateway::Gateway;
 
 use crate::sdk;
 
@@ -23,16 +23,16 @@ const BUFFER_LIMIT_BYTES: u32 = 1 << 20;
 
 /// A message as it crossed the wire, without what depends on how it was cut.
 #[derive(Debug, PartialEq, Eq, Default)]
-struct Seen {
-    start: String,
-    headers: Vec<String>,
-    body: String,
-    trailers: Vec<String>,
-    complete: bool,
+pub(crate) struct Seen {
+    pub(crate) start: String,
+    pub(crate) headers: Vec<String>,
+    pub(crate) body: String,
+    pub(crate) trailers: Vec<String>,
+    pub(crate) complete: bool,
 }
 
 impl Seen {
-    fn of(bytes: &[u8]) -> Self {
+    pub(crate) fn of(bytes: &[u8]) -> Self {
         let text = String::from_utf8_lossy(bytes).into_owned();
         let Some((head, rest)) = text.split_once("\r\n\r\n") else {
             return Self { start: text, ..Self::default() };
@@ -86,7 +86,7 @@ fn unchunk(mut rest: &str) -> (String, Vec<String>, bool) {
 }
 
 /// Reads one message, or what there is of it when the peer goes or stays silent.
-fn read_message(mut stream: &TcpStream) -> Vec<u8> {
+pub(crate) fn read_message(mut stream: &TcpStream) -> Vec<u8> {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut all = Vec::new();
     let mut buffer = [0; 16 * 1024];
@@ -107,19 +107,23 @@ fn read_message(mut stream: &TcpStream) -> Vec<u8> {
 
 /// What everybody saw of one exchange.
 #[derive(Debug, PartialEq, Eq)]
-struct Outcome {
-    client: Seen,
+pub(crate) struct Outcome {
+    pub(crate) client: Seen,
     /// `None` when nothing reached the upstream.
-    upstream: Option<Seen>,
+    pub(crate) upstream: Option<Seen>,
     metrics: BTreeMap<String, u64>,
 }
 
-struct Case {
-    wasm: Vec<u8>,
-    configuration: String,
-    request: String,
-    response: String,
+pub(crate) struct Case {
+    pub(crate) wasm: Vec<u8>,
+    pub(crate) configuration: String,
+    pub(crate) request: String,
+    pub(crate) response: String,
     metrics: &'static [&'static str],
+    /// Upstreams that the guest may call: name, address, whether it speaks HTTP/2.
+    pub(crate) callees: Vec<(String, SocketAddr, bool)>,
+    /// The failure policy's name here, and in Envoy.
+    pub(crate) policy: (&'static str, EnvoyPolicy),
 }
 
 const REQUEST: &str = "POST /p?q HTTP/1.1\r\nhost: a\r\nx-gone: 1\r\nx-set: old\r\nx-set: older\r\ncontent-length: 5\r\n\r\nhello";
@@ -128,7 +132,7 @@ const CHUNKED_REQUEST: &str = "POST /p?q HTTP/1.1\r\nhost: a\r\nte: trailers\r\n
 const CHUNKED_RESPONSE: &str = "HTTP/1.1 200 OK\r\nserver: s\r\ntrailer: u\r\ntransfer-encoding: chunked\r\n\r\n5\r\nworld\r\n0\r\nu: 2\r\n\r\n";
 
 impl Case {
-    fn new(configuration: &str) -> Self {
+    pub(crate) fn new(configuration: &str) -> Self {
         let wasm = std::fs::read(sdk::build("wasm32-wasip1")).unwrap();
         Self {
             wasm,
@@ -136,6 +140,8 @@ impl Case {
             request: REQUEST.to_owned(),
             response: RESPONSE.to_owned(),
             metrics: &[],
+            callees: Vec::new(),
+            policy: ("fail_closed", EnvoyPolicy::Closed),
         }
     }
 
@@ -174,56 +180,91 @@ impl Case {
         (client, reached)
     }
 
-    fn through_envoy(&self) -> Outcome {
+    /// Does `work` while an Envoy runs the guest in front of `upstream`.
+    pub(crate) fn in_envoy<T>(&self, upstream: SocketAddr, work: impl FnOnce(&Envoy) -> T) -> T {
         let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/envoy/bin/envoy");
         let explicit = std::env::var_os("DRIFTLOCK_ENVOY").is_none().then_some(installed);
         let binary = find_binary(explicit.as_deref()).unwrap_or_else(|error| panic!("{error}"));
         let folder = tempfile::tempdir().unwrap();
         let wasm = folder.path().join("guest.wasm");
         std::fs::write(&wasm, &self.wasm).unwrap();
-        let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut options = EnvoyOptions::new(binary, wasm, upstream.local_addr().unwrap());
+        let mut options = EnvoyOptions::new(binary, wasm, upstream);
         options.plugin_configuration = self.configuration.clone().into_bytes();
         options.buffer_limit_bytes = Some(BUFFER_LIMIT_BYTES);
         options.trailers = true;
+        options.failure_policy = self.policy.1;
+        options.callout_clusters = self.callees.clone();
         let envoy = Envoy::start(&options).unwrap_or_else(|error| panic!("{error}"));
-        let (client, reached) = self.exchange(envoy.listen(), &upstream);
-        let stats: BTreeMap<_, _> = envoy.stats().unwrap().into_iter().collect();
-        let metrics = self.metrics.iter().map(|name| {
-            ((*name).to_owned(), stats.get(&format!("wasmcustom.{name}")).copied().unwrap_or(u64::MAX))
-        });
-        let metrics = metrics.collect();
+        let result = work(&envoy);
         envoy.stop(Duration::from_secs(5)).unwrap();
-        Outcome { client, upstream: reached, metrics }
+        result
     }
 
-    fn through_the_gateway(&self) -> Outcome {
-        let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
-        let uri = format!("http://{}", upstream.local_addr().unwrap()).parse().unwrap();
+    /// Does `work` while a gateway runs the guest in front of `upstream`.
+    pub(crate) fn in_the_gateway<T>(&self, upstream: SocketAddr, work: impl FnOnce(&Gateway) -> T) -> T {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let mut options = GatewayOptions::new(uri, FilterSource::WasmBytes(self.wasm.clone()));
-        options.plugin_configuration = self.configuration.clone().into_bytes();
-        options.workers = 1;
-        options.max_buffer_bytes = BUFFER_LIMIT_BYTES as usize;
-        options.admin = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
-        let gateway = runtime.block_on(Gateway::start(options)).unwrap_or_else(|error| panic!("{error}"));
-        let (client, reached) = self.exchange(gateway.addr, &upstream);
-        let page = TcpStream::connect(gateway.admin_addr.unwrap()).unwrap();
-        (&page).write_all(b"GET /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").unwrap();
-        let page = Seen::of(&read_message(&page)).body;
-        let value = |name: &str| {
-            let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
-            line.trim().parse().ok()
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path
         };
-        let metrics = self.metrics.iter().map(|name| ((*name).to_owned(), value(name).unwrap_or(u64::MAX)));
-        let metrics = metrics.collect();
+        write("guest.wasm", &self.wasm);
+        write("plugin", self.configuration.as_bytes());
+        let mut upstreams = serde_json::json!({"upstream": {"uri": format!("http://{upstream}")}});
+        for (name, address, http2) in &self.callees {
+            let http = if *http2 { "http2" } else { "http1" };
+            upstreams[name] = serde_json::json!({"uri": format!("http://{address}"), "http": http});
+        }
+        let yaml = serde_json::json!({
+            "listeners": [{"address": "127.0.0.1:0"}],
+            "admin": "127.0.0.1:0",
+            "access_log": "none",
+            "workers": 1,
+            "filters": [{"name": "driftlock", "module": "guest.wasm", "vm_id": "driftlock", "configuration_file": "plugin",
+                "max_buffer": format!("{BUFFER_LIMIT_BYTES}B"), "failure_policy": self.policy.0}],
+            "upstreams": upstreams,
+            "routes": [{"name": "all", "upstream": "upstream"}],
+        });
+        let file = write("gateway.yaml", yaml.to_string().as_bytes());
+        let gateway = runtime.block_on(Gateway::start_file(&file)).unwrap_or_else(|error| panic!("{error}"));
+        let result = work(&gateway);
         runtime.block_on(gateway.shutdown());
-        Outcome { client, upstream: reached, metrics }
+        result
+    }
+
+    pub(crate) fn through_envoy(&self) -> Outcome {
+        let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+        self.in_envoy(upstream.local_addr().unwrap(), |envoy| {
+            let (client, reached) = self.exchange(envoy.listen(), &upstream);
+            let stats: BTreeMap<_, _> = envoy.stats().unwrap().into_iter().collect();
+            let metrics = self.metrics.iter().map(|name| {
+                ((*name).to_owned(), stats.get(&format!("wasmcustom.{name}")).copied().unwrap_or(u64::MAX))
+            });
+            Outcome { client, upstream: reached, metrics: metrics.collect() }
+        })
+    }
+
+    pub(crate) fn through_the_gateway(&self) -> Outcome {
+        let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+        self.in_the_gateway(upstream.local_addr().unwrap(), |gateway| {
+            let (client, reached) = self.exchange(gateway.addr, &upstream);
+            let page = TcpStream::connect(gateway.admin_addr.unwrap()).unwrap();
+            (&page).write_all(b"GET /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").unwrap();
+            let page = Seen::of(&read_message(&page)).body;
+            let value = |name: &str| {
+                let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+                line.trim().parse().ok()
+            };
+            let metrics =
+                self.metrics.iter().map(|name| ((*name).to_owned(), value(name).unwrap_or(u64::MAX)));
+            Outcome { client, upstream: reached, metrics: metrics.collect() }
+        })
     }
 
     #[track_caller]
-    fn same(&self) -> Outcome {
+    pub(crate) fn same(&self) -> Outcome {
         let envoy = self.through_envoy();
         let gateway = self.through_the_gateway();
         assert!(
@@ -255,6 +296,77 @@ fn envoy_and_the_gateway_replace_bodies_alike() {
         // The SDK guest leaves the request's content-length alone, so the request is chunked.
         case.request = CHUNKED_REQUEST.replace("trailer: t, x-more\r\n", "").replace("\r\nt: 1", "");
         case.same();
+        // In the trailers' callbacks.
+        case.request = CHUNKED_REQUEST.to_owned();
+        case.response = CHUNKED_RESPONSE.to_owned();
+        case.same();
+    }
+}
+
+/// A guest that pauses a callback and acts from a tick, on the stream it names then.
+fn ticking(place: &str, act: &str) -> Vec<u8> {
+    let parameters = if place.ends_with("trailers") { "i32 i32" } else { "i32 i32 i32" };
+    wat::parse_str(crate::guest::wat(&format!(
+        r#"
+      (data (i32.const 100) "from a tick")
+      (global $held (mut i32) (i32.const 0))
+      (global $ticks (mut i32) (i32.const 0))
+      (func (export "proxy_on_vm_start") (param i32 i32) (result i32)
+        (drop (call $set_tick_period_milliseconds (i32.const 30))) (i32.const 1))
+      (func (export "proxy_on_tick") (param i32)
+        (global.set $ticks (i32.add (global.get $ticks) (i32.const 1)))
+        (if (i32.and (i32.ne (global.get $held) (i32.const 0)) (i32.gt_u (global.get $ticks) (i32.const 3))) (then
+          (drop (call $set_effective_context (global.get $held)))
+          (global.set $held (i32.const 0))
+          {act})))
+      (func (export "proxy_on_{place}") (param {parameters}) (result i32)
+        (global.set $held (local.get 0))
+        (global.set $ticks (i32.const 0))
+        (i32.const 1))"#
+    )))
+    .unwrap()
+}
+
+#[test]
+#[ignore = "needs an Envoy: cargo xtask envoy"]
+fn envoy_and_the_gateway_act_alike_from_ticks() {
+    let resume = |response: u8| format!("(drop (call $continue_stream (i32.const {response})))");
+    let reset = |response: u8| format!("(drop (call $close_stream (i32.const {response})))");
+    let reply = "(drop (call $send_local_response (i32.const 418) (i32.const 0) (i32.const 0)
+        (i32.const 100) (i32.const 11) (i32.const 0) (i32.const 0) (i32.const -1)))";
+    for (place, response) in [
+        ("request_headers", 0),
+        ("request_body", 0),
+        ("request_trailers", 0),
+        ("response_headers", 1),
+        ("response_body", 1),
+        ("response_trailers", 1),
+    ] {
+        for act in [resume(response), reset(response), reply.to_owned()] {
+            let mut case = Case::new("");
+            case.wasm = ticking(place, &act);
+            // Trailers would release a body that waits.
+            if !place.ends_with("body") {
+                case.request = CHUNKED_REQUEST.to_owned();
+                case.response = CHUNKED_RESPONSE.to_owned();
+            }
+            let (mut envoy, mut gateway) = (case.through_envoy(), case.through_the_gateway());
+            let goes_on = act.contains("continue");
+            if !goes_on {
+                // How much had left on either side when it was broken off is a race in either proxy.
+                for outcome in [&mut envoy, &mut gateway] {
+                    outcome.upstream = None;
+                    if !outcome.client.complete {
+                        outcome.client = Seen::default();
+                    }
+                }
+            }
+            assert_eq!(envoy, gateway, "{place}: {act}");
+            let begun = ["response_body", "response_trailers"].contains(&place);
+            let replied = envoy.client.body == "from a tick";
+            assert_eq!(replied, act == reply && !begun, "{place}: {act}: {envoy:?}");
+            assert_eq!(envoy.client.body == "world", goes_on, "{place}: {act}: {envoy:?}");
+        }
     }
 }
 

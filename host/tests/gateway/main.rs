@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use driftlock_host::gateway::filter::{
     ConnectionInfo, Direction, FilterError, FilterFactory, FilterState, HeaderPairs, HttpFilter, LocalReply,
-    Release, Step,
+    Release, RouteInfo, Step,
 };
 use driftlock_host::gateway::{
     AccessLogTarget, AccessRecord, FailurePolicy, FilterSource, Gateway, GatewayError, GatewayOptions,
@@ -238,7 +238,7 @@ struct Scripts {
 }
 
 impl FilterFactory for Scripts {
-    fn open(&self, _: &ConnectionInfo) -> Result<Box<dyn HttpFilter>, FilterError> {
+    fn open(&self, _: &ConnectionInfo, _: &RouteInfo) -> Result<Box<dyn HttpFilter>, FilterError> {
         Ok(Box::new(Counted { script: Script::default(), finished: Arc::clone(&self.finished) }))
     }
 }
@@ -1358,9 +1358,10 @@ async fn a_guest_sees_traffic_and_reports() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trap_costs_its_own_exchange_and_the_vm_comes_back() {
     let upstream = echo().await;
-    for policy in [FailurePolicy::FailClosed, FailurePolicy::FailOpen] {
+    for policy in [FailurePolicy::FailClosed, FailurePolicy::FailOpen, FailurePolicy::FailReload] {
         let mut options = options(upstream.address, wasm(GUEST));
         options.failure_policy = policy;
+        options.reload_backoff = Duration::from_millis(100);
         options.workers = 1;
         let running = start_with(options).await;
         for _ in 0..3 {
@@ -1368,7 +1369,7 @@ async fn a_trap_costs_its_own_exchange_and_the_vm_comes_back() {
             let record = running.record().await;
             assert!(record.filter_failed);
             match policy {
-                FailurePolicy::FailClosed => assert_eq!(response.status(), 503),
+                FailurePolicy::FailClosed | FailurePolicy::FailReload => assert_eq!(response.status(), 503),
                 FailurePolicy::FailOpen => {
                     assert_eq!((response.status(), response.text().as_str()), (200, "thirteen byte"));
                     assert_eq!(response.header("x-seen"), None, "the filter was not left out");
@@ -1477,6 +1478,113 @@ async fn a_tick_lets_a_paused_request_go() {
         assert!(client.exchange(post("/", body)).await.text() == body);
         assert_eq!(running.record().await.outcome, "complete");
     }
+}
+
+/// Puts an item into queue `q` of the VM called `receiver` for each request.
+const SENDING_GUEST: &str = r#"(module
+  (import "env" "proxy_resolve_shared_queue" (func $resolve (param i32 i32 i32 i32 i32) (result i32)))
+  (import "env" "proxy_enqueue_shared_queue" (func $enqueue (param i32 i32 i32) (result i32)))
+  (memory (export "memory") 2)
+  (data (i32.const 0) "receiver")
+  (data (i32.const 16) "q")
+  (func (export "proxy_abi_version_0_2_0"))
+  (func (export "malloc") (param i32) (result i32) (i32.const 65536))
+  (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+    (if (call $resolve (i32.const 0) (i32.const 8) (i32.const 16) (i32.const 1) (i32.const 32)) (then unreachable))
+    (if (call $enqueue (i32.load (i32.const 32)) (i32.const 0) (i32.const 5)) (then unreachable))
+    (i32.const 0)))"#;
+
+/// Counts the bytes of what comes through queue `q`; checks what it was told of itself.
+const RECEIVING_GUEST: &str = r#"(module
+  (import "env" "proxy_register_shared_queue" (func $register (param i32 i32 i32) (result i32)))
+  (import "env" "proxy_dequeue_shared_queue" (func $dequeue (param i32 i32 i32) (result i32)))
+  (import "env" "proxy_define_metric" (func $define (param i32 i32 i32 i32) (result i32)))
+  (import "env" "proxy_increment_metric" (func $increment (param i32 i64) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $environ (param i32 i32) (result i32)))
+  (memory (export "memory") 2)
+  (data (i32.const 16) "q")
+  (data (i32.const 64) "received_bytes")
+  (func (export "proxy_abi_version_0_2_0"))
+  (func (export "malloc") (param i32) (result i32) (i32.const 65536))
+  (func (export "_start")
+    (drop (call $environ (i32.const 48) (i32.const 52)))
+    ;; MODE=fast and its zero byte.
+    (if (i32.ne (i32.load (i32.const 52)) (i32.const 10)) (then unreachable)))
+  (func (export "proxy_on_vm_start") (param i32 i32) (result i32) (i32.eq (local.get 1) (i32.const 10)))
+  (func (export "proxy_on_configure") (param i32 i32) (result i32)
+    (drop (call $register (i32.const 16) (i32.const 1) (i32.const 32)))
+    (drop (call $define (i32.const 0) (i32.const 64) (i32.const 14) (i32.const 96)))
+    (i32.eq (local.get 1) (i32.const 10)))
+  (func (export "proxy_on_queue_ready") (param i32 i32)
+    (if (call $dequeue (local.get 1) (i32.const 40) (i32.const 44)) (then unreachable))
+    (drop (call $increment (i32.load (i32.const 96)) (i64.extend_i32_u (i32.load (i32.const 44)))))))"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn filters_reach_each_other_by_queues_and_are_told_of_themselves() {
+    let upstream = echo().await;
+    let folder = configuration::folder(&format!(
+        r#"
+listeners: [{{address: "127.0.0.1:0"}}]
+admin: "127.0.0.1:0"
+access_log: none
+filters:
+  - {{name: in, module: in.wasm, vm_id: receiver, vms: 1, vm_configuration: {{a: true}},
+      configuration: "plain text", environment: {{MODE: fast}}}}
+  - {{name: out, module: out.wasm}}
+upstreams: {{one: {{uri: "http://{}"}}}}
+routes: [{{upstream: one}}]
+"#,
+        upstream.address
+    ));
+    for (name, text) in [("in.wasm", RECEIVING_GUEST), ("out.wasm", SENDING_GUEST)] {
+        std::fs::write(folder.path().join(name), wat::parse_str(text).expect("valid text")).expect("written");
+    }
+    let gateway = configuration::start(&folder).await;
+    let mut client = Peer::connect(gateway.addr).await;
+    for _ in 0..5 {
+        assert_eq!(client.exchange(get("/")).await.status(), 200);
+    }
+    let mut admin = Peer::connect(gateway.admin_addr.expect("admin")).await;
+    soon("all items", async {
+        while !admin.exchange(get("/metrics")).await.text().contains("\nreceived_bytes 25\n") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn compiled_modules_are_kept_for_the_next_start() {
+    let upstream = echo().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("cache");
+    let entries = || -> Vec<_> {
+        let entries = std::fs::read_dir(&cache).expect("the cache");
+        entries.map(|entry| entry.expect("an entry").path()).collect()
+    };
+    let start = async || {
+        let mut options = options(upstream.address, wasm(GUEST));
+        options.module_cache = Some(cache.clone());
+        let gateway = Gateway::start(options).await.expect("starts");
+        let answer = Peer::connect(gateway.addr).await.exchange(post("/", "hello")).await;
+        assert_eq!(answer.header("x-seen"), Some("x-seen"));
+    };
+    start().await;
+    let first = entries();
+    assert_eq!(first.len(), 1, "{first:?}");
+    let written = |path: &std::path::Path| {
+        (std::fs::read(path).expect("reads"), path.metadata().expect("there").modified().expect("a time"))
+    };
+    let whole = written(&first[0]);
+    start().await;
+    assert_eq!((entries(), written(&first[0]).1), (first.clone(), whole.1), "it was compiled again");
+    // One that rots is not run: it is compiled again and replaced.
+    let mut rotten = whole.0.clone();
+    let middle = rotten.len() / 2;
+    rotten[middle] ^= 1;
+    std::fs::write(&first[0], &rotten).expect("written");
+    start().await;
+    assert_ne!(written(&first[0]).0, rotten);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

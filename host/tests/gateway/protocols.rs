@@ -310,7 +310,9 @@ async fn websocket_upstream() -> Upstream {
             let _ = peer.stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nplain").await;
             return;
         }
-        assert_eq!(request.header("sec-websocket-key"), Some("key"));
+        let key = request.header("sec-websocket-key").unwrap_or_default();
+        assert!(key == "key" || (key.len() == 24 && key.ends_with("==")), "{key}");
+        assert_eq!(request.start, "GET /ws HTTP/1.1");
         peer.send("HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: it\r\n\r\nfirst").await;
         let mut buffer = [0; 4096];
         while let Ok(count @ 1..) = peer.stream.read(&mut buffer).await {
@@ -351,6 +353,50 @@ async fn websockets_pass_and_are_named_in_the_log() {
     assert!(log.lines().nth(1).is_some_and(|line| line.contains("draining")), "{log}");
 }
 
+/// A websocket's handshake on an HTTP/2 stream (RFC 8441).
+async fn upgrade_over_http2(sender: &mut Sender<Full<Bytes>>) -> Response<Incoming> {
+    let mut request =
+        Request::connect("http://test.example/ws").body(Full::<Bytes>::default()).expect("a request");
+    request.headers_mut().insert("sec-websocket-version", "13".parse().expect("a value"));
+    request.extensions_mut().insert(hyper::ext::Protocol::from_static("websocket"));
+    soon("an answer", sender.send_request(request)).await.expect("answered")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn websockets_pass_over_http2_too() {
+    let upstream = websocket_upstream().await;
+    let (folder, gateway) = plain_gateway(&upstream, "").await;
+    let mut sender = http2_over(TcpStream::connect(gateway.addr).await.expect("connects")).await;
+    // The settings that allow it come with the first answer at the latest.
+    assert_eq!(text(sender.send_request(post2("/", "")).await.expect("answered")).await, "plain");
+    let mut streams = Vec::new();
+    for size in [1, 1000, 100_000] {
+        let mut response = upgrade_over_http2(&mut sender).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        for name in ["upgrade", "connection", "sec-websocket-accept"] {
+            assert!(!response.headers().contains_key(name), "{name}: {response:?}");
+        }
+        let upgraded = soon("a stream", hyper::upgrade::on(&mut response)).await.expect("leaves HTTP");
+        let mut stream = TokioIo::new(upgraded);
+        let mut first = [0; 5];
+        soon("the first bytes", stream.read_exact(&mut first)).await.expect("reads");
+        assert_eq!(&first, b"first");
+        let bytes = vec![b'x'; size];
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let mut back = vec![0; size];
+        let (sent, read) =
+            soon("an echo", async { tokio::join!(writer.write_all(&bytes), reader.read_exact(&mut back)) })
+                .await;
+        sent.and(read.map(drop)).expect("both ways");
+        assert_eq!(back, bytes);
+        streams.push((reader, writer));
+    }
+    drop((streams, sender));
+    gateway.shutdown().await;
+    let log = std::fs::read_to_string(folder.path().join("access.jsonl")).expect("a log");
+    assert_eq!(log.lines().filter(|line| line.contains("\"upgrade\":\"websocket\"")).count(), 3, "{log}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_route_can_keep_websockets_out() {
     let upstream = websocket_upstream().await;
@@ -358,6 +404,9 @@ async fn a_route_can_keep_websockets_out() {
     let mut client = Peer::connect(gateway.addr).await;
     let answer = soon("no upgrade", client.exchange(UPGRADE)).await;
     assert_eq!((answer.status(), answer.text().as_str()), (200, "plain"));
+    let mut sender = http2_over(TcpStream::connect(gateway.addr).await.expect("connects")).await;
+    assert_eq!(text(sender.send_request(post2("/", "")).await.expect("answered")).await, "plain");
+    assert_eq!(upgrade_over_http2(&mut sender).await.status(), StatusCode::NOT_IMPLEMENTED);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

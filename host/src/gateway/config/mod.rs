@@ -50,6 +50,9 @@ pub struct Config {
     /// What a client may send.
     #[serde(default)]
     limits: Limits,
+    /// Folder in which compiled modules are kept, so that a restart does not compile them again. What is
+    /// found is checked against its digest; a folder that others may write to is not used.
+    module_cache: Option<PathBuf>,
     /// Proxy-wasm modules, in the order in which requests pass them; responses pass in reverse.
     #[serde(default)]
     filters: Vec<Filter>,
@@ -133,8 +136,8 @@ struct Filter {
     /// The module; Driftlock's own, beside the program, unless set.
     #[schemars(with = "Option<PathBuf>")]
     module: Option<Spanned<PathBuf>>,
-    /// Plugin configuration, handed to the module as JSON.
-    configuration: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Plugin configuration: a text is handed to the module as it is, anything else as JSON.
+    configuration: Option<serde_json::Value>,
     /// File handed to the module as its plugin configuration, byte for byte.
     #[schemars(with = "Option<PathBuf>")]
     configuration_file: Option<Spanned<PathBuf>>,
@@ -143,11 +146,22 @@ struct Filter {
     baseline: Option<Spanned<PathBuf>>,
     /// Root id handed to the module (Istio's pluginName); the filter's name unless set.
     root_id: Option<String>,
+    /// Names the VM: filters share data, and find each other's queues, by it. Empty unless set.
+    #[serde(default)]
+    vm_id: String,
+    /// What the module reads when its VM starts: a text as it is, anything else as JSON.
+    vm_configuration: Option<serde_json::Value>,
+    /// Environment variables of the module.
+    #[serde(default)]
+    environment: BTreeMap<String, String>,
     /// VMs of this filter; as many as workers unless set.
     vms: Option<NonZeroUsize>,
     /// What becomes of an exchange whose filter is broken.
     #[serde(default)]
     failure_policy: FailurePolicy,
+    /// Least time from a VM's start to the next under `fail_reload`; 1s unless set, as in Envoy.
+    #[schemars(with = "Option<Span>")]
+    reload_backoff: Option<Spanned<Span>>,
     /// Most bytes of one message that the filter may hold; above it 413 or 500. 4MiB unless set.
     #[schemars(with = "Option<ByteSize>")]
     max_buffer: Option<Spanned<ByteSize>>,

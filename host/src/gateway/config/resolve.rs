@@ -10,9 +10,9 @@ use super::scalar::Span;
 use super::{Config, Filter, Listener, Match, Route, Upstream};
 use crate::gateway::access_log::AccessLogTarget;
 use crate::gateway::error::GatewayError;
-use crate::gateway::options::{default_workers, upstream_plan};
+use crate::gateway::options::{FailurePolicy, RELOAD_BACKOFF, default_workers, upstream_plan};
 use crate::gateway::plan::{
-    FilterCode, FilterPlan, HostPattern, Limits, ListenerPlan, Matches, Plan, RoutePlan, UpstreamPlan,
+    FilterCode, FilterPlan, HostPattern, Limits, ListenerPlan, Matches, Plan, RoutePlan, UpstreamPlan, VmPlan,
 };
 use crate::gateway::tls;
 use crate::replay::find_filter;
@@ -20,6 +20,14 @@ use crate::train::with_baseline;
 
 /// hyper's smallest buffer for a message's head.
 const LEAST_HEADER_BYTES: u64 = 8 << 10;
+
+/// A configuration as a module gets it.
+fn as_given(value: &serde_json::Value) -> Vec<u8> {
+    match value {
+        serde_json::Value::String(text) => text.clone().into_bytes(),
+        other => other.to_string().into_bytes(),
+    }
+}
 
 /// One load: where relative paths start, what was read so far.
 struct Loader<'c> {
@@ -71,6 +79,7 @@ impl Config {
             drain_timeout: self.timeouts.drain.map_or(Duration::from_secs(30), |span| span.0),
             tunnel_idle_timeout,
             limits,
+            module_cache: self.module_cache.map(|path| loader.folder.join(path)),
             filters,
             upstreams,
             routes,
@@ -202,13 +211,27 @@ impl Loader<'_> {
             }
             Some(size) => usize::try_from(size.value.0).unwrap_or(usize::MAX),
         };
+        let reload_backoff = match &filter.reload_backoff {
+            Some(given) if filter.failure_policy != FailurePolicy::FailReload => {
+                let problem = "it is of use only with failure_policy: fail_reload";
+                return Err(self.refuse(given.referenced, field("reload_backoff"), problem));
+            }
+            Some(given) => given.value.0,
+            None => RELOAD_BACKOFF,
+        };
         Ok(FilterPlan {
             name: name.value.as_str().into(),
             code: FilterCode::Wasm(code.into()),
             plugin_configuration: self.plugin_configuration(index, filter)?,
             root_id: filter.root_id.clone().unwrap_or_else(|| name.value.clone()),
+            vm: VmPlan {
+                id: filter.vm_id.clone(),
+                configuration: filter.vm_configuration.as_ref().map(as_given).unwrap_or_default(),
+                environment: filter.environment.clone().into_iter().collect(),
+            },
             vms: filter.vms.map_or(workers, usize::from),
             failure_policy: filter.failure_policy,
+            reload_backoff,
             max_buffer_bytes,
             allow_on_headers_stop_iteration: filter.allow_on_headers_stop_iteration,
         })
@@ -221,7 +244,7 @@ impl Loader<'_> {
                 let problem = "give either configuration or configuration_file";
                 return Err(self.refuse(file.referenced, field("configuration_file"), problem));
             }
-            (Some(inline), None) => Some(serde_json::Value::Object(inline.clone()).to_string().into_bytes()),
+            (Some(inline), None) => Some(as_given(inline)),
             (None, Some(file)) => Some(self.read(file, &field("configuration_file"))?),
             (None, None) => None,
         };

@@ -21,9 +21,26 @@ struct Root {
 
 impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, headers: usize, body: usize, trailers: usize) {
+        if self.manner == "tell tick" {
+            // Kept for a request to fetch.
+            let told = answer_in_words(self, headers, body, trailers);
+            let _ = self.set_shared_data("told", Some(told.as_bytes()), None);
+            return;
+        }
         let status = self.get_http_call_response_header(":status");
         log::info!("root call {token}: {headers} {body} {trailers} {status:?}");
     }
+}
+
+/// What a guest can see of an http call's answer.
+fn answer_in_words(context: &dyn Context, headers: usize, body: usize, trailers: usize) -> String {
+    if headers == 0 {
+        return format!("failed {body} {trailers}");
+    }
+    let header = |name| context.get_http_call_response_header(name).unwrap_or_default();
+    let body = context.get_http_call_response_body(0, body).unwrap_or_default();
+    let trailer = if trailers > 0 { context.get_http_call_response_trailer("t") } else { None };
+    format!("{} {} {:?} {trailer:?}", header(":status"), header("x-t"), String::from_utf8_lossy(&body))
 }
 
 impl RootContext for Root {
@@ -38,7 +55,7 @@ impl RootContext for Root {
         self.manner = String::from_utf8(manner).unwrap_or_default();
         match self.manner.as_str() {
             "refuse" => return false,
-            "tick" | "send" => self.set_tick_period(Duration::from_millis(20)),
+            "tick" | "send" | "tell tick" => self.set_tick_period(Duration::from_millis(20)),
             "receive" => self.queue = self.register_shared_queue("inbox"),
             "environment" => {
                 log::info!("MODE={:?}", std::env::var("MODE"));
@@ -68,6 +85,11 @@ impl RootContext for Root {
                 );
                 log::info!("call {:?}", call.is_ok());
             }
+            "tell tick" if self.ticks == 1 => {
+                let headers = vec![(":method", "PUT"), (":path", "/tick"), (":authority", "auth")];
+                let call = self.dispatch_http_call("auth", headers, None, vec![], Duration::from_millis(400));
+                assert!(call.is_ok());
+            }
             "send" => match self.resolve_shared_queue("receiver", "inbox") {
                 Some(queue) => {
                     let item = format!("item {}", self.ticks);
@@ -85,7 +107,7 @@ impl RootContext for Root {
     }
 
     fn create_http_context(&self, context_id: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Http { context_id, manner: self.manner.clone(), stream: 0 }))
+        Some(Box::new(Http { context_id, manner: self.manner.clone(), stream: 0, told: String::new() }))
     }
 
     fn create_stream_context(&self, _: u32) -> Option<Box<dyn StreamContext>> {
@@ -181,10 +203,75 @@ const TWICE_IN_RESPONSES: [&str; 37] = [
     "x-request-id",
 ];
 
+/// Attributes that Envoy's filters read.
+const ATTRIBUTES: [&str; 59] = [
+    "request.path",
+    "request.url_path",
+    "request.host",
+    "request.scheme",
+    "request.method",
+    "request.headers",
+    "request.headers.x-a",
+    "request.headers.missing",
+    "request.referer",
+    "request.useragent",
+    "request.time",
+    "request.id",
+    "request.protocol",
+    "request.query",
+    "request.duration",
+    "request.size",
+    "request.total_size",
+    "request",
+    "response.code",
+    "response.code_details",
+    "response.flags",
+    "response.grpc_status",
+    "response.headers",
+    "response.headers.x-u",
+    "response.trailers",
+    "response.size",
+    "response.total_size",
+    "response.backend_latency",
+    "source.address",
+    "source.port",
+    "destination.address",
+    "destination.port",
+    "connection.id",
+    "connection.mtls",
+    "connection.requested_server_name",
+    "connection.tls_version",
+    "connection.subject_peer_certificate",
+    "connection.termination_details",
+    "upstream.address",
+    "upstream.port",
+    "upstream.local_address",
+    "upstream.transport_failure_reason",
+    "upstream.request_attempt_count",
+    "cluster_name",
+    "cluster_metadata",
+    "listener_direction",
+    "listener_metadata",
+    "route_name",
+    "route_metadata",
+    "upstream_host_metadata",
+    "plugin_name",
+    "plugin_root_id",
+    "plugin_vm_id",
+    "xds.cluster_name",
+    "xds.route_name",
+    "xds.listener_direction",
+    "metadata",
+    "filter_state",
+    "nothing",
+];
+
 struct Http {
     context_id: u32,
     manner: String,
     stream: u32,
+    /// What came on a gRPC stream so far.
+    told: String,
 }
 
 impl Http {
@@ -194,6 +281,27 @@ impl Http {
         }
         self.send_http_response(418, vec![("x-from", callback)], Some(b"tea\n"));
         Some(Action::Pause)
+    }
+
+    /// Whom the request wants called.
+    fn callee(&self) -> String {
+        self.get_http_request_header("x-to").unwrap_or_else(|| "auth".to_owned())
+    }
+
+    /// Answers the client with what became of a call.
+    fn tell(&self, text: &str) {
+        self.send_http_response(200, vec![], Some(text.as_bytes()));
+    }
+
+    /// Notes every attribute as it reads now.
+    fn note_attributes(&mut self, phase: &str) {
+        for name in ATTRIBUTES {
+            self.told += &match hostcalls::get_property(name.split('.').collect()) {
+                Ok(Some(bytes)) => format!("{phase} {name} {} {}\n", bytes.len(), bytes.escape_ascii()),
+                Ok(None) => format!("{phase} {name} -\n"),
+                Err(status) => format!("{phase} {name} {status:?}\n"),
+            };
+        }
     }
 
     fn replace(&self, size: usize, set: impl Fn(usize, usize, &[u8]), get: impl Fn() -> Option<Bytes>) {
@@ -215,6 +323,9 @@ impl Http {
 
 impl Context for Http {
     fn on_http_call_response(&mut self, _: u32, headers: usize, body: usize, trailers: usize) {
+        if self.manner == "tell http" {
+            return self.tell(&answer_in_words(self, headers, body, trailers));
+        }
         let answer = self.get_http_call_response_body(0, body).unwrap_or_default();
         log::info!("answer {headers} {trailers} {}", String::from_utf8_lossy(&answer));
         if headers > 0 && answer == b"yes" {
@@ -226,6 +337,10 @@ impl Context for Http {
 
     fn on_grpc_call_response(&mut self, _: u32, status: u32, size: usize) {
         let answer = self.get_grpc_call_response_body(0, size).unwrap_or_default();
+        if self.manner == "tell grpc" {
+            let answer = String::from_utf8_lossy(&answer);
+            return self.tell(&format!("{status} {answer:?} {:?}", self.get_grpc_status()));
+        }
         log::info!("grpc {status} {}", String::from_utf8_lossy(&answer));
         if status == GrpcStatusCode::Ok as u32 {
             self.resume_http_request();
@@ -235,20 +350,26 @@ impl Context for Http {
     }
 
     fn on_grpc_stream_initial_metadata(&mut self, _: u32, count: u32) {
+        self.told += "initial ";
         log::info!("initial {count} {:?}", self.get_grpc_stream_initial_metadata_value("x-s"));
     }
 
     fn on_grpc_stream_message(&mut self, _: u32, size: usize) {
         let message = self.get_grpc_stream_message(0, size).unwrap_or_default();
+        self.told += &format!("{:?} ", String::from_utf8_lossy(&message));
         log::info!("message {}", String::from_utf8_lossy(&message));
     }
 
     fn on_grpc_stream_trailing_metadata(&mut self, _: u32, count: u32) {
+        self.told += "trailing ";
         log::info!("trailing {count} {:?}", self.get_grpc_stream_trailing_metadata_value("x-s"));
     }
 
     fn on_grpc_stream_close(&mut self, _: u32, status: u32) {
         log::info!("closed {status} {:?}", self.get_grpc_status());
+        if self.manner == "tell grpc stream" {
+            return self.tell(&format!("{}closed {status} {:?}", self.told, self.get_grpc_status()));
+        }
         self.resume_http_request();
     }
 
@@ -285,6 +406,24 @@ impl HttpContext for Http {
                 let headers = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
                 self.set_http_request_headers(headers);
             }
+            "attributes" if self.get_http_request_header(":path").as_deref() != Some("/told") => {
+                self.note_attributes("request");
+            }
+            "attributes" | "tell tick" => {
+                let told = self.get_shared_data("told").0.unwrap_or_default();
+                self.send_http_response(200, vec![], Some(&told));
+                return Action::Pause;
+            }
+            "tell http" => {
+                let headers =
+                    vec![(":method", "POST"), (":path", "/check?a"), (":authority", "auth"), ("x-a", "1")];
+                let wait = Duration::from_millis(400);
+                let call = self.dispatch_http_call(&self.callee(), headers, Some(b"who"), vec![], wait);
+                if let Err(status) = call {
+                    self.tell(&format!("refused {status:?}"));
+                }
+                return Action::Pause;
+            }
             "call" => {
                 let headers = vec![(":method", "POST"), (":path", "/check"), (":authority", "auth")];
                 let trailers = vec![("t", "1")];
@@ -298,20 +437,16 @@ impl HttpContext for Http {
                     }
                 };
             }
-            "grpc" => {
-                let call = self.dispatch_grpc_call(
-                    "auth",
-                    "pkg.Auth",
-                    "Check",
-                    vec![("x-m", b"1".as_slice())],
-                    Some(b"who"),
-                    Duration::from_secs(5),
-                );
+            "grpc" | "tell grpc" => {
+                let wait = Duration::from_millis(if self.manner == "grpc" { 5000 } else { 400 });
+                let metadata = vec![("x-m", b"1".as_slice())];
+                let call =
+                    self.dispatch_grpc_call(&self.callee(), "pkg.Auth", "Check", metadata, Some(b"who"), wait);
                 log::info!("grpc call {:?}", call.is_ok());
                 return Action::Pause;
             }
-            "grpc stream" => {
-                self.stream = self.open_grpc_stream("auth", "pkg.Auth", "Watch", vec![]).unwrap_or(0);
+            "grpc stream" | "tell grpc stream" => {
+                self.stream = self.open_grpc_stream(&self.callee(), "pkg.Auth", "Watch", vec![]).unwrap_or(0);
                 self.send_grpc_stream_message(self.stream, Some(b"one"), false);
                 self.send_grpc_stream_message(self.stream, Some(b"two"), true);
                 return Action::Pause;
@@ -364,6 +499,9 @@ impl HttpContext for Http {
             }
             "reset" => self.reset_http_request(),
             "panic" => panic!("as asked"),
+            "crash on demand" if self.get_http_request_header(":path").as_deref() == Some("/crash") => {
+                panic!("as asked")
+            }
             "hold" => return Action::Pause,
             _ => {}
         }
@@ -392,6 +530,12 @@ impl HttpContext for Http {
         if let Some(action) = self.reply_from("request trailers") {
             return action;
         }
+        // A message that ends with trailers never said so in its body.
+        self.replace(
+            usize::MAX,
+            |start, length, value| self.set_http_request_body(start, length, value),
+            || self.get_http_request_body(0, usize::MAX),
+        );
         self.add_http_request_trailer("x-more", "1");
         Action::Continue
     }
@@ -408,6 +552,12 @@ impl HttpContext for Http {
                 self.add_http_response_header(name, "1");
                 self.add_http_response_header(name, "2");
             }
+        }
+        if self.manner == "attributes" {
+            self.note_attributes("response");
+        }
+        if self.manner == "crash on demand" {
+            self.set_http_response_header("x-guest", Some("here"));
         }
         if self.manner == "headers" {
             self.set_http_response_header("x-context", Some(&self.context_id.to_string()));
@@ -438,10 +588,19 @@ impl HttpContext for Http {
         if let Some(action) = self.reply_from("response trailers") {
             return action;
         }
+        self.replace(
+            usize::MAX,
+            |start, length, value| self.set_http_response_body(start, length, value),
+            || self.get_http_response_body(0, usize::MAX),
+        );
         Action::Continue
     }
 
     fn on_log(&mut self) {
+        if self.manner == "attributes" && !self.told.is_empty() {
+            self.note_attributes("log");
+            let _ = self.set_shared_data("told", Some(self.told.as_bytes()), None);
+        }
         log::info!("log");
     }
 }
