@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use driftlock_engine::adapt::*;
 use driftlock_engine::baseline::{StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit};
+use driftlock_engine::calibrate::Calibration;
 use driftlock_engine::drift::{Budget, DriftOptions, Extent};
 use proptest::prelude::*;
 
@@ -356,10 +357,7 @@ fn seasonal() -> SeasonalCalibration {
         keep: 600,
         least: 150,
     };
-    let bits = |i: i32| -(f64::from(i) / 200.0).log2();
-    let first = (1..=200).map(|i| (bits(i) * f64::from(1 << 20)) as i64).collect();
-    let first = driftlock_engine::calibrate::Calibration::new(first);
-    SeasonalCalibration::new(first, options).unwrap()
+    SeasonalCalibration::new(options).unwrap()
 }
 
 #[test]
@@ -380,6 +378,8 @@ fn slots_of_the_week() {
 fn a_thick_slot_ranks_by_itself_and_a_thin_one_by_the_pool() {
     let mut chance = Chance::new(8);
     let mut seasonal = seasonal();
+    let bits = |i: i32| -(f64::from(i) / 200.0).log2();
+    let own = Calibration::new((1..=200).map(|i| (bits(i) * f64::from(1 << 20)) as i64).collect());
     let statistic = |chance: &mut Chance, day: u64| {
         let bits = (chance.below(1 << 20) + 1) as f64 / f64::from(1 << 20);
         ((-bits.log2() + if day == 6 { 1.0 } else { 0.0 }) * f64::from(1 << 20)) as i64
@@ -391,7 +391,8 @@ fn a_thick_slot_ranks_by_itself_and_a_thin_one_by_the_pool() {
         for day in 0..7 {
             for _ in 0..120 {
                 let at = (4 + week * 7 + day) * 24 * HOUR_NS;
-                let (p, by) = seasonal.observe(statistic(&mut chance, day), at);
+                let statistic = statistic(&mut chance, day);
+                let (p, by) = seasonal.observe(statistic, at, own.p_value(statistic));
                 ranked.push(by);
                 if week >= 6 {
                     let sunday = usize::from(day == 6);
@@ -407,7 +408,7 @@ fn a_thick_slot_ranks_by_itself_and_a_thin_one_by_the_pool() {
     assert_eq!(*ranked.last().unwrap(), RankedBy::Slot(6));
     assert!(rate(0) < 0.02 && rate(1) < 0.04, "{} {}", rate(0), rate(1));
     let odd = (7.5 * f64::from(1 << 20)) as i64;
-    let weekday = seasonal.clone().observe(odd, 4 * 24 * HOUR_NS).0;
-    let sunday = seasonal.observe(odd, 10 * 24 * HOUR_NS).0;
+    let weekday = seasonal.clone().observe(odd, 4 * 24 * HOUR_NS, own.p_value(odd)).0;
+    let sunday = seasonal.observe(odd, 10 * 24 * HOUR_NS, own.p_value(odd)).0;
     assert!(weekday.at_most(ALPHA_PPM) && weekday.ceil_ppm() < sunday.ceil_ppm(), "{weekday:?} {sunday:?}");
 }

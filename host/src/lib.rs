@@ -1,10 +1,12 @@
 //! The native side of Driftlock.
 pub mod abi;
+pub mod adapt;
 pub mod aggregate;
 pub mod bench;
 pub mod capture;
 pub mod check;
 pub mod demo;
+pub mod drift;
 pub mod envoy;
 pub mod eval;
 pub mod explain;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use driftlock_host::{
-    aggregate, bench, capture, check, demo, eval, explain, gateway, replay, synth, train, units,
+    adapt, aggregate, bench, capture, check, demo, drift, eval, explain, gateway, replay, synth, train, units,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Learn a baseline from a capture of normal traffic.
     Train(train::Args),
+    /// Let a snapshot follow recent traffic, without learning what is not normal.
+    Adapt(adapt::Args),
     /// Judge every exchange of a capture, natively, through the .wasm, or through Envoy.
     Replay(replay::Args),
     /// Make a replay again from its manifest, and say whether everything is as it was.
@@ -28,6 +30,8 @@ enum Command {
     Capture(capture::Args),
     /// Show what surprised the model in one exchange, byte by byte.
     Explain(explain::Args),
+    /// Say whether one capture's traffic has moved away from another's, how, and what moved it.
+    Drift(drift::Args),
     /// Count what the parsers make of a capture, or show one exchange's units.
     Units(units::Args),
     /// Run a reverse proxy with the filter in front of an upstream.
@@ -75,10 +79,12 @@ fn main() -> ExitCode {
         .init();
     let result = match Cli::parse().command {
         Command::Train(args) => train::run(&args).map_err(anyhow::Error::from),
+        Command::Adapt(args) => adapt::run(&args).map_err(anyhow::Error::from),
         Command::Replay(args) => replay::run(&args).map_err(anyhow::Error::from),
         Command::Verify(args) => replay::verify::run(&args).map_err(anyhow::Error::from),
         Command::Capture(args) => capture::run(&args).map_err(anyhow::Error::from),
         Command::Explain(args) => explain::run(&args).map_err(anyhow::Error::from),
+        Command::Drift(args) => drift::run(&args).map_err(anyhow::Error::from),
         Command::Units(args) => units::run(&args).map_err(anyhow::Error::from),
         Command::Gateway(args) => gateway::run(*args).map_err(anyhow::Error::from),
         Command::Config(Config::Check(args)) => check::run(&args).map_err(anyhow::Error::from),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use driftlock_host::aggregate::{Args, Service};
+use driftlock_host::aggregate::{Args, Service, WatchArgs};
 use driftlock_host::envoy::{Envoy, EnvoyOptions};
 use driftlock_tests::{ALPHA, baseline, envoy_binary, filter, trained};
 use serde_json::{Value, json};
@@ -116,7 +116,12 @@ async fn eventually(what: &str, mut met: impl FnMut() -> bool) {
 
 async fn serve(folder: &Path) -> Service {
     let listen = "127.0.0.1:0".parse().unwrap();
-    let args = Args { listen, snapshots: folder.join("snapshots"), observations: folder.join("seen.jsonl") };
+    let args = Args {
+        listen,
+        snapshots: folder.join("snapshots"),
+        observations: folder.join("seen.jsonl"),
+        watch: WatchArgs::default(),
+    };
     Service::start(&args).await.unwrap()
 }
 
@@ -306,6 +311,7 @@ async fn the_service_answers_what_it_has_and_takes_whole_batches() {
             listen: address,
             snapshots: folder.path().join("none"),
             observations: folder.path().join("seen.jsonl"),
+            watch: WatchArgs::default(),
         })
         .await
         .unwrap_err()

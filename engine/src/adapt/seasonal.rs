@@ -1,7 +1,7 @@
 //! A calibration for each slot of the week.
 //!
 //! What: traffic of a Monday morning is ranked among Monday mornings. A slot that has fewer than the least
-//! count is ranked among all recent messages, and while those are few too, by the baseline's own calibration.
+//! count is ranked among all recent messages, and while those are few too, as the baseline's own calibration did.
 //! What ranked decides what enters as well: p above the bound, into the slot and into the pool.
 //!
 //! Memory: at most slots + 1 rings of `keep` statistics and their sorted copies, 16 bytes each.
@@ -92,7 +92,6 @@ impl Recent {
 #[derive(Clone, Debug)]
 pub struct SeasonalCalibration {
     options: SeasonOptions,
-    first: Calibration,
     pooled: Recent,
     slots: Vec<Recent>,
 }
@@ -109,11 +108,11 @@ pub enum RankedBy {
 }
 
 impl SeasonalCalibration {
-    /// Falls back to `first`, the baseline's calibration.
+    /// Nothing has come in yet.
     ///
     /// # Errors
     /// [`AdaptError`] names the option that does not fit.
-    pub fn new(first: Calibration, options: SeasonOptions) -> Result<Self, AdaptError> {
+    pub fn new(options: SeasonOptions) -> Result<Self, AdaptError> {
         if !(1..=168).contains(&options.season.slot_hours) {
             return Err(AdaptError::Option("slot_hours"));
         }
@@ -124,13 +123,14 @@ impl SeasonalCalibration {
             return Err(AdaptError::Option("least"));
         }
         let slots = vec![Recent::default(); options.season.slots() as usize];
-        Ok(Self { options, first, pooled: Recent::default(), slots })
+        Ok(Self { options, pooled: Recent::default(), slots })
     }
 
-    /// Ranks a whole message's statistic at a time, then lets it in if it may enter.
-    pub fn observe(&mut self, statistic: i64, unix_ns: u64) -> (PValue, RankedBy) {
+    /// Ranks a whole message's statistic at a time, then lets it in if it may enter. `baseline_p` is its
+    /// p-value by the baseline's own calibration.
+    pub fn observe(&mut self, statistic: i64, unix_ns: u64, baseline_p: PValue) -> (PValue, RankedBy) {
         let slot = self.options.season.slot(unix_ns);
-        let (p, by) = self.rank(statistic, slot);
+        let (p, by) = self.rank(statistic, slot, baseline_p);
         if !p.at_most(self.options.admit_above_ppm) {
             self.pooled.enter(statistic, &self.options);
             if let Some(recent) = self.slots.get_mut(slot as usize) {
@@ -140,14 +140,14 @@ impl SeasonalCalibration {
         (p, by)
     }
 
-    fn rank(&self, statistic: i64, slot: u32) -> (PValue, RankedBy) {
+    fn rank(&self, statistic: i64, slot: u32, baseline_p: PValue) -> (PValue, RankedBy) {
         let of_slot = self.slots.get(slot as usize).filter(|recent| recent.calibrates(&self.options));
         match of_slot {
             Some(recent) => (recent.calibration.p_value(statistic), RankedBy::Slot(slot)),
             None if self.pooled.calibrates(&self.options) => {
                 (self.pooled.calibration.p_value(statistic), RankedBy::Pool)
             }
-            None => (self.first.p_value(statistic), RankedBy::Baseline),
+            None => (baseline_p, RankedBy::Baseline),
         }
     }
 

@@ -227,16 +227,7 @@ impl Drivers {
             start: start as u64,
             end: end as u64,
         };
-        let cost = cost_of(0, text.len());
-        let totals = of(&mut self.totals, side);
-        totals.bytes = totals.bytes.saturating_add(text.len() as u64);
-        totals.cost = totals.cost.saturating_add(cost);
-        if !self.units.contains_key(kind) {
-            self.units.insert(kind.to_owned(), Account::default());
-        }
-        if let Some(account) = self.units.get_mut(kind) {
-            account.add(side, message, text.len() as u64, cost, || place(0, text.len()));
-        }
+        self.sums(kind, text.len() as u64, cost_of(0, text.len()));
         let mut start = 0;
         while let Some(rest) = text.get(start..)
             && !rest.is_empty()
@@ -254,6 +245,26 @@ impl Drivers {
             account
                 .add(side, message, (end - start) as u64, cost_of(start, end), || place(start, start + word));
             start = end;
+        }
+    }
+
+    /// One unit of the message begun last, of which only the sums are known: no words.
+    pub fn sums(&mut self, kind: &str, bytes: u64, cost: u64) {
+        let side = self.side;
+        let totals = of(&mut self.totals, side);
+        totals.bytes = totals.bytes.saturating_add(bytes);
+        totals.cost = totals.cost.saturating_add(cost);
+        let message = totals.messages;
+        if !self.units.contains_key(kind) {
+            self.units.insert(kind.to_owned(), Account::default());
+        }
+        if let Some(account) = self.units.get_mut(kind) {
+            account.add(side, message, bytes, cost, || Place {
+                message: message.saturating_sub(1),
+                unit: kind.to_owned(),
+                start: 0,
+                end: bytes,
+            });
         }
     }
 

@@ -7,6 +7,8 @@
 
 use alloc::vec::Vec;
 
+use driftlock_engine::evidence::Verdict;
+
 /// Which message of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -151,4 +153,9 @@ pub trait Host {
 
     /// Writes a log line.
     fn log(&mut self, level: Level, line: &str);
+
+    /// A message was judged. For hosts that want more of the verdict than its JSON, such as its sentences.
+    fn judged(&mut self, direction: Direction, verdict: &Verdict) {
+        let _ = (direction, verdict);
+    }
 }

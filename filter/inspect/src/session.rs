@@ -660,6 +660,7 @@ impl Exchange {
         direction: Direction,
     ) {
         self.worst = self.worst.max(Some(verdict.outcome));
+        host.judged(direction, verdict);
         // What the operator excluded is no news.
         let disabled = verdict.reason.as_deref() == Some(DISABLED);
         let flagged = matches!(verdict.outcome, Outcome::Anomalous | Outcome::NotInspected) && !disabled;

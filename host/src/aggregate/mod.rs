@@ -1,29 +1,33 @@
-//! `driftlock serve`: snapshots for filters, and the observations that they send back.
+//! `driftlock serve`: snapshots for filters, and what the observations that they send back say together.
 //!
 //! What: a small HTTP/1.1 service. Filters pull a snapshot by its digest or the current one (see
-//! `driftlock_inspect::baselines::pull`) and post batches of verdicts, which become lines of a file.
+//! `driftlock_inspect::baselines::pull`) and post batches of verdicts, which become lines of a file and are
+//! followed stream by stream: false discovery rate, drift, seasons (`watch`).
 //!
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/snapshots/current` | the newest snapshot, its digest as `etag`; 304 where `if-none-match` has it |
 //! | `GET /v1/snapshots/SHA256` | that one |
 //! | `POST /v1/observations` | 204 once the lines (`application/x-ndjson`) are in the file |
+//! | `GET /v1/streams` | what is known of each stream, JSON ([`Report`]) |
+//! | `GET /metrics` | the same in numbers, for Prometheus |
 //! | `GET /healthz` | 200 |
 //!
 //! Cost: a snapshot is read from disk for each answer that carries it; a poll that ends in 304 costs a
 //! directory listing.
 //!
-//! Left out on purpose: credentials and TLS (bind it where only proxies reach it), training, drift, a
-//! database: observations are one file of JSON lines.
+//! Left out on purpose: credentials and TLS (bind it where only proxies reach it), training (observations hold
+//! no text; `driftlock adapt` has captures), a database: observations are one file of JSON lines.
 
 mod observations;
 mod snapshots;
+mod watch;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use clap::Parser;
@@ -39,6 +43,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use observations::Observations;
 pub use observations::Refused;
 use snapshots::Snapshots;
+pub use watch::{
+    Discovery, DriftReport, MAX_STREAMS, ObservedSpan, Report, SeasonReport, StreamReport, UnitShare, Watch,
+    WatchArgs, WatchError,
+};
 
 /// Longest batch of observations.
 const MAX_BATCH_BYTES: usize = 8 << 20;
@@ -61,6 +69,9 @@ pub struct Args {
     /// File that observations are appended to, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub observations: PathBuf,
+    /// How streams are followed.
+    #[command(flatten)]
+    pub watch: WatchArgs,
 }
 
 /// Why the service does not run.
@@ -85,6 +96,9 @@ pub enum ServeError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// An option of following.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
     /// No threads.
     #[error("cannot start the async runtime: {0}")]
     Runtime(std::io::Error),
@@ -118,7 +132,7 @@ impl Service {
     /// [`ServeError`] if the address, the folder or the file cannot be used.
     pub async fn start(args: &Args) -> Result<Self, ServeError> {
         let snapshots = Snapshots::open(&args.snapshots)?;
-        let observations = Observations::open(&args.observations)?;
+        let observations = Observations::open(&args.observations, Watch::new(&args.watch)?)?;
         let failed = |source| ServeError::Listen { address: args.listen, source };
         let listener = TcpListener::bind(args.listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
@@ -181,13 +195,23 @@ async fn answer(shared: &Arc<Shared>, request: Request<Incoming>) -> Response<Fu
             let found = tokio::task::spawn_blocking(move || shared.snapshots.find(&wanted)).await;
             snapshot(found.ok().flatten(), known.as_ref())
         }
+        ("/v1/streams", _) if reads => match serde_json::to_string_pretty(&shared.observations.report()) {
+            Ok(json) => typed(StatusCode::OK, "application/json", json),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        },
+        ("/metrics", _) if reads => {
+            let metrics = shared.observations.report().metrics();
+            typed(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics)
+        }
         ("/v1/observations", _) if method == Method::POST => observe(shared, request.into_body()).await,
-        ("/healthz" | "/v1/observations", _) | (_, Some(_)) => {
-            text(StatusCode::METHOD_NOT_ALLOWED, "snapshots are read with GET, observations sent with POST")
-        }
-        _ => {
-            text(StatusCode::NOT_FOUND, "try /v1/snapshots/current, /v1/snapshots/SHA256 or /v1/observations")
-        }
+        ("/healthz" | "/v1/observations" | "/v1/streams" | "/metrics", _) | (_, Some(_)) => text(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "snapshots, streams and metrics are read with GET, observations sent with POST",
+        ),
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "try /v1/streams, /metrics, /v1/snapshots/current, /v1/snapshots/SHA256 or /v1/observations",
+        ),
     }
 }
 
@@ -231,7 +255,9 @@ async fn observe(shared: &Arc<Shared>, body: Incoming) -> Response<Full<Bytes>> 
         _ => return text(StatusCode::BAD_REQUEST, "the batch did not come to its end"),
     };
     let shared = Arc::clone(shared);
-    match tokio::task::spawn_blocking(move || shared.observations.append(&batch)).await {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let unix_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+    match tokio::task::spawn_blocking(move || shared.observations.append(&batch, unix_ms)).await {
         Ok(Ok(_)) => {
             let mut response = Response::new(Full::default());
             *response.status_mut() = StatusCode::NO_CONTENT;
@@ -244,9 +270,12 @@ async fn observe(shared: &Arc<Shared>, body: Incoming) -> Response<Full<Bytes>> 
 }
 
 fn text(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(format!("{text}\n")));
+    typed(status, "text/plain; charset=utf-8", format!("{text}\n"))
+}
+
+fn typed(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
     *response.status_mut() = status;
-    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }

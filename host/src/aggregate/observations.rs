@@ -1,18 +1,22 @@
-//! Observations, appended to a file.
+//! Observations, appended to a file and followed as they come.
 //!
-//! What: a batch is taken whole or not at all: every line has to be a JSON object, and they are written in
-//! one call. Cost: a parse that builds nothing, and the write.
+//! What: a batch is taken whole or not at all: every line has to be a JSON object. Each gets the time of its
+//! receipt, `received_unix_ms`, since what is made of them ([`Watch`]) may depend on it and has to be the same
+//! when it is made again from the file. They are written in one call and followed in the file's order.
 //!
-//! Left out on purpose: rotation (move the file away and restart), a database.
+//! Cost: a parse that builds nothing, the write, and what following costs; at the start a pass over the file.
+//!
+//! Left out on purpose: rotation (move the file away and restart, and following starts anew), a database.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 
 use super::ServeError;
+use super::watch::{Report, Watch};
 
 /// Why a batch was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +32,12 @@ pub enum Refused {
 
 #[derive(Debug)]
 pub(super) struct Observations {
-    file: Mutex<File>,
+    /// One lock, so that they are followed in the order in which they are written.
+    state: Mutex<(File, Watch)>,
 }
+
+/// Longest line that is followed.
+const MAX_LINE_BYTES: usize = 8 << 20;
 
 /// An object of which nothing is kept.
 struct Object;
@@ -53,29 +61,46 @@ fn is_object(line: &[u8]) -> bool {
 }
 
 impl Observations {
-    pub(super) fn open(path: &Path) -> Result<Self, ServeError> {
-        let file = OpenOptions::new().append(true).create(true).open(path);
+    /// Follows what the file holds, and will append to it.
+    pub(super) fn open(path: &Path, mut watch: Watch) -> Result<Self, ServeError> {
         let failed = |source| ServeError::File { action: "open", path: path.to_owned(), source };
-        Ok(Self { file: Mutex::new(file.map_err(failed)?) })
+        let file = OpenOptions::new().append(true).create(true).read(true).open(path).map_err(failed)?;
+        let mut earlier = BufReader::new(File::open(path).map_err(failed)?);
+        let mut line = Vec::new();
+        while earlier.read_until(b'\n', &mut line).map_err(failed)? > 0 {
+            if line.len() <= MAX_LINE_BYTES {
+                watch.observe(&line);
+            }
+            line.clear();
+        }
+        Ok(Self { state: Mutex::new((file, watch)) })
     }
 
-    /// Takes a batch; says how many lines it had.
-    pub(super) fn append(&self, batch: &[u8]) -> Result<usize, Refused> {
+    /// Takes a batch received at `unix_ms`; says how many lines it had.
+    pub(super) fn append(&self, batch: &[u8], unix_ms: u64) -> Result<usize, Refused> {
         let mut out = Vec::with_capacity(batch.len() + 1);
         let mut taken = 0;
         for (line, number) in batch.split(|&byte| byte == b'\n').zip(1..) {
-            if line.trim_ascii().is_empty() {
+            let line = line.trim_ascii();
+            if line.is_empty() {
                 continue;
             }
-            if !is_object(line) {
-                return Err(Refused::Line(number));
-            }
-            out.extend_from_slice(line.trim_ascii());
+            let rest = line.strip_prefix(b"{").filter(|_| is_object(line)).ok_or(Refused::Line(number))?;
+            let comma = if rest.trim_ascii_start().starts_with(b"}") { "" } else { "," };
+            out.extend_from_slice(format!("{{\"received_unix_ms\":{unix_ms}{comma}").as_bytes());
+            out.extend_from_slice(rest);
             out.push(b'\n');
             taken += 1;
         }
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (file, watch) = &mut *state;
         file.write_all(&out).map_err(Refused::Write)?;
+        out.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).for_each(|line| watch.observe(line));
         Ok(taken)
+    }
+
+    /// What they say together.
+    pub(super) fn report(&self) -> Report {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1.report()
     }
 }

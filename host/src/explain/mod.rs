@@ -218,6 +218,14 @@ fn costs_of(baseline: &StreamBaseline, unit: &UnitText) -> Option<(Vec<u32>, u32
     Some((known.costs(&unit.text), known.ranges.expected >> 8))
 }
 
+/// What the baseline would have written in the place of a span that is this long, at most 60 bytes.
+fn likeliest(baseline: &StreamBaseline, unit: &UnitText, span: &Span) -> Option<String> {
+    let known = baseline.unit(unit.unit.role.as_str())?;
+    let length = span.end.saturating_sub(span.start).min(60);
+    let text = known.likeliest(&unit.text, span.start, length);
+    Some(excerpt(&text, 0, text.len()))
+}
+
 /// Runs `driftlock explain`.
 ///
 /// # Errors
@@ -250,7 +258,7 @@ pub fn run(args: &Args) -> Result<(), ExplainError> {
             }
             mapped => mapped?,
         };
-        let found = native::inspect(&mut plugin, &exchange);
+        let (found, sentences) = native::explain(&mut plugin, &exchange);
         let verdicts = [found.request, found.response]
             .map(|json| json.and_then(|json| serde_json::from_str::<Value>(&json).ok()));
         if !asked && !verdicts.iter().flatten().any(is_anomalous) {
@@ -258,7 +266,10 @@ pub fn run(args: &Args) -> Result<(), ExplainError> {
         }
         compare_with_recorded(args, line, &verdicts)?;
         let Some(path) = &args.html else {
-            anstream::print!("{}", render(&exchange, &verdicts, &snapshot, args.all, args.max_bytes));
+            anstream::print!(
+                "{}",
+                render(&exchange, &verdicts, &sentences, &snapshot, args.all, args.max_bytes)
+            );
             return Ok(());
         };
         let texts = unit_texts(&exchange);
@@ -266,7 +277,14 @@ pub fn run(args: &Args) -> Result<(), ExplainError> {
             Some(reference) => nearest::nearest(reference, &exchange, &verdicts, &texts)?,
             None => [None, None],
         };
-        let subject = page::Subject { args, line, exchange: &exchange, verdicts: &verdicts, texts: &texts };
+        let subject = page::Subject {
+            args,
+            line,
+            exchange: &exchange,
+            verdicts: &verdicts,
+            sentences: &sentences,
+            texts: &texts,
+        };
         let page = page::page(&subject, &snapshot, &nearest);
         std::fs::write(path, page).map_err(|source| ExplainError::File { path: path.clone(), source })?;
         anstream::println!("{}", path.display());

@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::nearest::Nearest;
 use super::{Args, Span, UnitText, costs_of, decides, is_anomalous, spans_of};
 use crate::capture::Exchange;
+use crate::replay::native::Sentences;
 
 /// Bytes of a unit that are shown, around its first span.
 const MAX_UNIT_BYTES: usize = 64 << 10;
@@ -37,6 +38,7 @@ pub(super) struct Subject<'a> {
     pub(super) line: u64,
     pub(super) exchange: &'a Exchange,
     pub(super) verdicts: &'a [Option<Value>; 2],
+    pub(super) sentences: &'a Sentences,
     pub(super) texts: &'a [Vec<UnitText>; 2],
 }
 
@@ -53,7 +55,9 @@ pub(super) fn page(subject: &Subject<'_>, snapshot: &Snapshot, nearest: &[Option
     for (side, name) in ["request", "response"].iter().enumerate() {
         if let Some(verdict) = &subject.verdicts[side] {
             let baseline = snapshot.streams().iter().find(|baseline| verdict["stream"] == *baseline.stream());
-            message(&mut out, name, verdict, &subject.texts[side], baseline, nearest[side].as_ref());
+            let shown =
+                Shown { name, verdict, sentences: &subject.sentences[side], texts: &subject.texts[side] };
+            message(&mut out, &shown, baseline, nearest[side].as_ref());
         }
     }
     reproduce(&mut out, subject, snapshot);
@@ -61,17 +65,27 @@ pub(super) fn page(subject: &Subject<'_>, snapshot: &Snapshot, nearest: &[Option
     out
 }
 
+/// One message.
+struct Shown<'a> {
+    name: &'a str,
+    verdict: &'a Value,
+    sentences: &'a [String],
+    texts: &'a [UnitText],
+}
+
 fn message(
     out: &mut String,
-    name: &str,
-    verdict: &Value,
-    texts: &[UnitText],
+    &Shown { name, verdict, sentences, texts }: &Shown<'_>,
     baseline: Option<&StreamBaseline>,
     nearest: Option<&Nearest>,
 ) {
     let class = if is_anomalous(verdict) { "bad" } else { "" };
     let text = |key: &str| escape(verdict[key].as_str().unwrap_or_default());
-    let _ = write!(out, "<h2>The {name}: <span class=\"{class}\">{}</span></h2>\n<table>", text("outcome"));
+    let _ = write!(out, "<h2>The {name}: <span class=\"{class}\">{}</span></h2>\n<p>", text("outcome"));
+    for sentence in sentences {
+        let _ = writeln!(out, "{}<br>", escape(sentence));
+    }
+    out.push_str("</p>\n<table>");
     let mut row = |key: &str, value: String| {
         let _ = write!(out, "<tr><th>{key}</th><td>{value}</td></tr>");
     };

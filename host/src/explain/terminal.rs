@@ -5,13 +5,15 @@ use driftlock_engine::baseline::{Snapshot, StreamBaseline};
 use driftlock_engine::coder::UNITS_PER_BIT;
 use serde_json::Value;
 
-use super::{Span, UnitText, costs_of, decides, is_anomalous, spans_of, unit_texts};
+use super::{Span, UnitText, costs_of, decides, is_anomalous, likeliest, spans_of, unit_texts};
 use crate::capture::Exchange;
+use crate::replay::native::Sentences;
 
 /// The explanation as text with ANSI styles.
 pub fn render(
     exchange: &Exchange,
     verdicts: &[Option<Value>; 2],
+    sentences: &Sentences,
     snapshot: &Snapshot,
     all: bool,
     max_bytes: usize,
@@ -20,7 +22,9 @@ pub fn render(
     let bold = Style::new().bold();
     let texts = unit_texts(exchange);
     let only_anomalous = !all && verdicts.iter().flatten().any(is_anomalous);
-    for ((direction, verdict), texts) in ["request", "response"].iter().zip(verdicts).zip(&texts) {
+    for (((direction, verdict), sentences), texts) in
+        ["request", "response"].iter().zip(verdicts).zip(sentences).zip(&texts)
+    {
         let Some(verdict) = verdict else { continue };
         if only_anomalous && !is_anomalous(verdict) {
             continue;
@@ -62,6 +66,9 @@ pub fn render(
                 scores["max_excess_bits"],
             );
         }
+        for sentence in sentences {
+            out += &format!("  {sentence}\n");
+        }
         for text in texts {
             let decides = decides(verdict, text.unit);
             if !decides && !all {
@@ -78,11 +85,14 @@ pub fn render(
 fn render_unit(unit: &UnitText, spans: &[Span], baseline: &StreamBaseline, max_bytes: usize) -> String {
     let name = unit.unit.role.as_str();
     let mut out = format!("  unit {name}[{}], {} bytes\n", unit.unit.index, unit.text.len());
-    for Span { start, end, bits, expected_bits } in spans {
+    for span @ Span { start, end, bits, expected_bits } in spans {
         out += &format!(
             "    bytes {start}-{end} cost {bits:.0} bits where so much normal text costs {expected_bits:.0}: {}\n",
             excerpt(&unit.text, *start, *end),
         );
+        if let Some(text) = likeliest(baseline, unit, span) {
+            out += &format!("      the baseline would have gone on: {text}\n");
+        }
     }
     let Some((costs, expected)) = costs_of(baseline, unit) else {
         return out + "    training saw no unit of this kind\n";

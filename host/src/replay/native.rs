@@ -6,6 +6,7 @@
 //!
 //! Cost: that of the inspection; headers and bodies are not copied.
 
+use driftlock_engine::evidence::Verdict;
 use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
 use driftlock_inspect::session::{self, Plugin, Step, filter_state};
 
@@ -14,10 +15,14 @@ use super::wire::{self, View};
 use super::{Found, Verdicts};
 use crate::capture;
 
+/// What the verdicts of request and response say in plain sentences.
+pub type Sentences = [Vec<String>; 2];
+
 /// A proxy that only remembers.
 struct Memory<'a> {
     view: &'a View<'a>,
     found: &'a mut Found,
+    sentences: Option<&'a mut Sentences>,
 }
 
 fn field<'a>(headers: &[(&'a str, &'a str)], name: &str) -> Option<&'a str> {
@@ -63,11 +68,24 @@ impl Host for Memory<'_> {
     fn count(&mut self, _metric: Metric, _by: u64) {}
 
     fn log(&mut self, _level: Level, _line: &str) {}
+
+    fn judged(&mut self, direction: Direction, verdict: &Verdict) {
+        if let Some([request, response]) = &mut self.sentences {
+            *match direction {
+                Direction::Request => request,
+                Direction::Response => response,
+            } = verdict.sentences();
+        }
+    }
 }
 
 /// Inspects one exchange; bodies come in pieces as `cuts` says.
 pub(super) fn judge(plugin: &mut Plugin, view: &View<'_>, cuts: Cuts, found: &mut Found) {
-    let mut host = Memory { view, found };
+    run(plugin, Memory { view, found, sentences: None }, cuts);
+}
+
+fn run(plugin: &mut Plugin, mut host: Memory<'_>, cuts: Cuts) {
+    let view = host.view;
     let mut inspection = session::Exchange::default();
     pass(plugin, &mut host, &mut inspection, view, cuts);
     inspection.done(plugin, &mut host);
@@ -102,6 +120,14 @@ pub fn inspect(plugin: &mut Plugin, exchange: &capture::Exchange) -> Verdicts {
     let mut found = Found::default();
     judge(plugin, &View::of_mapped(exchange), Cuts::whole(), &mut found);
     found.into_verdicts()
+}
+
+/// Inspects one exchange that [`wire::on_the_wire`] has mapped, and says in sentences what was found.
+pub fn explain(plugin: &mut Plugin, exchange: &capture::Exchange) -> (Verdicts, Sentences) {
+    let (mut found, mut sentences) = (Found::default(), Sentences::default());
+    let view = View::of_mapped(exchange);
+    run(plugin, Memory { view: &view, found: &mut found, sentences: Some(&mut sentences) }, Cuts::whole());
+    (found.into_verdicts(), sentences)
 }
 
 /// Maps and inspects one exchange.
