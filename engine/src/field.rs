@@ -1,4 +1,5 @@
-//! Which field of a message a byte stands in: path segment, query or form key and value, header, JSON key path.
+//! Which field of a message a byte stands in: path segment, query or form key and value, header, JSON key path,
+//! column of an access log.
 //!
 //! What: a [`FieldTracker`] follows a unit byte by byte and names the field of the *next* byte by a hash
 //! that depends on the bytes before it alone, so a model can use it as context. A delimiter belongs to
@@ -9,6 +10,9 @@
 //! - JSON (RFC 8259): keys by their object's key path and the key before, values by key path, elements of
 //!   an array alike;
 //! - `key=value` pairs joined by `&` (forms and query strings): as in a query;
+//! - a line of an access log, which begins with an IP address (the common and combined formats of nginx and
+//!   Apache) or a time in brackets (Envoy's default format): columns by number, parted by spaces outside
+//!   quotes and brackets, and the quoted request line as above;
 //! - anything else is text without fields, [`FREE_TEXT`].
 //!
 //! Why hashes: a field is only ever compared for equality, a key path may be of any length, and a tracker
@@ -17,8 +21,11 @@
 //! Cost: about 130 bytes; a byte inside a value costs one test of a table of byte classes, a delimiter
 //! some ten operations.
 //!
-//! Left out on purpose: deciding that bytes are malformed. Every input has fields; odd ones have odd
+//! Left out on purpose: logs whose first column is a name or a number (no line of prose may be taken for a
+//! log), and times in brackets that the normaliser leaves as they are. Deciding that bytes are malformed. Every input has fields; odd ones have odd
 //! fields, which no baseline knows, and that costs bits.
+
+use crate::normalise::{Class, MARKER};
 
 /// The field of text that has none.
 pub const FREE_TEXT: u32 = 0;
@@ -35,6 +42,10 @@ const MAX_METHOD_BYTES: u32 = 8;
 const MAX_KEY_BYTES: u32 = 64;
 /// Deepest JSON nesting whose key path is followed.
 const MAX_DEPTH: usize = 16;
+/// The letter of a timestamp's marker.
+const TIMESTAMP: u8 = Class::Timestamp.letter();
+/// Columns of a log that are told apart; later ones share a field.
+const MAX_COLUMNS: u32 = 32;
 
 /// Kinds of named field, mixed into their hashes.
 #[derive(Clone, Copy)]
@@ -49,6 +60,7 @@ enum Kind {
     JsonKey,
     JsonString,
     JsonScalar,
+    Column,
 }
 
 /// Where in the grammar the next byte stands. The discriminant is the bit in [`STOPS`].
@@ -71,33 +83,46 @@ enum Place {
     JsonKey,
     JsonString,
     JsonScalar,
+    Marker,
+    ColumnStart,
+    ColumnMethod,
+    ColumnQuoted,
+    ColumnBracket,
+    ColumnPlain,
 }
 
 /// For each byte, the places that it may end or change, as a bit set.
 #[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
-const STOPS: [u16; 256] = {
+const STOPS: [u32; 256] = {
     const fn stops(place: Place, byte: u8) -> bool {
         match place {
             Place::Text => false,
-            Place::Start | Place::AfterMethod | Place::Body => true,
-            Place::Segment => matches!(byte, b'/' | b'?' | b' ' | b'\n'),
-            Place::QueryKey => matches!(byte, b'=' | b'&' | b' ' | b'\n'),
-            Place::QueryValue => matches!(byte, b'&' | b' ' | b'\n'),
+            Place::Start | Place::AfterMethod | Place::Body | Place::Marker => true,
+            Place::ColumnStart | Place::ColumnMethod => true,
+            // The quote ends a log's request.
+            Place::Segment => matches!(byte, b'/' | b'?' | b' ' | b'\n' | b'"'),
+            Place::QueryKey => matches!(byte, b'=' | b'&' | b' ' | b'\n' | b'"'),
+            Place::QueryValue => matches!(byte, b'&' | b' ' | b'\n' | b'"'),
             Place::FormKey => matches!(byte, b'=' | b'&'),
             Place::FormValue => matches!(byte, b'&'),
-            Place::LineRest | Place::HeaderValue => matches!(byte, b'\n'),
+            Place::LineRest => matches!(byte, b'\n' | b'"'),
+            Place::HeaderValue => matches!(byte, b'\n'),
             Place::HeaderName => matches!(byte, b':' | b'\n'),
             Place::JsonBetween => {
                 matches!(
                     byte,
-                    b'"' | b'{' | b'}' | b'[' | b']' | b':' | b',' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'
+                    MARKER | b'"' | b'{' | b'}' | b'[' | b']' | b':' | b',' | b'-' | b'0'
+                        ..=b'9' | b't' | b'f' | b'n'
                 )
             }
             Place::JsonKey | Place::JsonString => matches!(byte, b'"' | b'\\'),
             Place::JsonScalar => matches!(byte, b',' | b'}' | b']' | b' ' | b'\n' | b'\r' | b'\t'),
+            Place::ColumnQuoted => matches!(byte, b'"' | b'\\' | b'\n'),
+            Place::ColumnBracket => matches!(byte, b']' | b'\n'),
+            Place::ColumnPlain => matches!(byte, b' ' | b'\n'),
         }
     }
-    const PLACES: [Place; 16] = [
+    const PLACES: [Place; 22] = [
         Place::Start,
         Place::AfterMethod,
         Place::Text,
@@ -114,6 +139,12 @@ const STOPS: [u16; 256] = {
         Place::JsonKey,
         Place::JsonString,
         Place::JsonScalar,
+        Place::Marker,
+        Place::ColumnStart,
+        Place::ColumnMethod,
+        Place::ColumnQuoted,
+        Place::ColumnBracket,
+        Place::ColumnPlain,
     ];
     let mut table = [0; 256];
     let mut byte = 0;
@@ -147,7 +178,7 @@ fn absorb(name: u32, byte: u8) -> u32 {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FieldTracker {
     place: Place,
-    /// A JSON string's next byte is escaped.
+    /// The next byte of a JSON string or a quoted column is escaped.
     escaped: bool,
     /// In a JSON object, the value of a key is next.
     value_next: bool,
@@ -165,6 +196,43 @@ pub struct FieldTracker {
     /// Bit `depth` is set if that level is an object.
     objects: u32,
     key_paths: [u32; MAX_DEPTH],
+    /// In a line of a log, its column from 1.
+    column: u32,
+    /// What the unit's first bytes have of an IP address.
+    address: Address,
+}
+
+/// What has been seen of an IP address: counts, and kinds of byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Address {
+    dots: u8,
+    colons: u8,
+    digits: bool,
+    letters: bool,
+    other: bool,
+}
+
+impl Address {
+    fn absorb(&mut self, byte: u8) {
+        match byte {
+            b'0'..=b'9' => self.digits = true,
+            b'a'..=b'f' | b'A'..=b'F' => self.letters = true,
+            b'.' => self.dots = self.dots.saturating_add(1),
+            b':' => self.colons = self.colons.saturating_add(1),
+            _ => self.other = true,
+        }
+    }
+
+    /// IPv6 (RFC 4291, section 2.2), of which the first group has a digit, or which begins with colons.
+    fn may_have_colon(self) -> bool {
+        !self.other && self.dots == 0 && (self.digits || (!self.letters && self.colons < 2))
+    }
+
+    fn is_whole(self) -> bool {
+        let four = self.colons == 0 && self.dots == 3 && !self.letters;
+        let six = self.colons >= 2 && matches!(self.dots, 0 | 3);
+        !self.other && self.digits && (four || six)
+    }
 }
 
 impl Default for FieldTracker {
@@ -182,6 +250,8 @@ impl Default for FieldTracker {
             depth: 0,
             objects: 0,
             key_paths: [0; MAX_DEPTH],
+            column: 0,
+            address: Address::default(),
         }
     }
 }
@@ -224,7 +294,7 @@ impl FieldTracker {
                 done += 1;
                 self.stop(byte);
             } else if limit <= rest.len() {
-                self.enter(Place::Text, FREE_TEXT);
+                self.enter_rest();
             }
             if self.run == 0 {
                 break;
@@ -236,7 +306,7 @@ impl FieldTracker {
     /// How many of the first bytes of `text` change nothing but a name's hash.
     #[inline(always)]
     fn inside(&mut self, text: &[u8]) -> usize {
-        let stop = 1u16 << self.place as u8;
+        let stop = 1u32 << self.place as u8;
         match self.place {
             _ if self.escaped => 0,
             Place::JsonString => memchr::memchr2(b'"', b'\\', text).unwrap_or(text.len()),
@@ -279,7 +349,20 @@ impl FieldTracker {
             Place::Text => {}
             Place::Start => self.start(byte),
             Place::AfterMethod if byte == b'/' => self.enter_named(Place::Segment, Kind::Segment, 0),
-            Place::AfterMethod => self.enter(Place::Text, FREE_TEXT),
+            Place::AfterMethod if self.column > 0 && byte == b'"' => self.end_column(),
+            Place::AfterMethod => self.enter_rest(),
+            Place::Segment | Place::QueryKey | Place::QueryValue | Place::LineRest if byte == b'"' => {
+                if self.column > 0 {
+                    self.end_column();
+                } else {
+                    self.name = absorb(self.name, byte);
+                }
+            }
+            Place::Segment | Place::QueryKey | Place::QueryValue | Place::LineRest
+                if self.column > 0 && byte == b'\n' =>
+            {
+                self.begin_line();
+            }
             Place::Segment => {
                 let name = self.name;
                 self.path = join(self.path, name);
@@ -321,12 +404,25 @@ impl FieldTracker {
                 self.enter(Place::Body, BODY);
             }
             Place::HeaderValue => self.enter_header(self.previous),
-            Place::Body if matches!(byte, b'{' | b'[') => self.enter_json(byte),
+            Place::Body if matches!(byte, b'{' | b'[') => {
+                self.address.other = true;
+                self.enter_json(byte);
+            }
             Place::Body => {
                 self.enter_key(Place::FormKey);
                 self.name = absorb(0, byte);
             }
             Place::JsonBetween => self.between(byte),
+            Place::Marker if byte == TIMESTAMP => {
+                *self = Self { column: 1, ..Self::default() };
+                self.enter_named(Place::ColumnBracket, Kind::Column, 1);
+            }
+            Place::Marker => {
+                self.place = Place::JsonBetween;
+                if stops(byte) & 1 << Place::JsonBetween as u8 != 0 {
+                    self.between(byte);
+                }
+            }
             Place::JsonKey | Place::JsonString if self.escaped => {
                 self.escaped = false;
                 self.name = absorb(self.name, byte);
@@ -346,6 +442,61 @@ impl FieldTracker {
                 }
                 self.enter_between();
             }
+            Place::ColumnStart => match byte {
+                b' ' => self.enter_column(),
+                b'\n' => self.begin_line(),
+                b'"' => self.place = Place::ColumnMethod,
+                b'[' => self.place = Place::ColumnBracket,
+                _ => self.place = Place::ColumnPlain,
+            },
+            Place::ColumnMethod => match byte {
+                b'A'..=b'Z' if self.run <= MAX_METHOD_BYTES => {}
+                // After the quote and at least three capitals.
+                b' ' if self.run > 4 => self.enter(Place::AfterMethod, LINE_REST),
+                b'"' => self.end_column(),
+                b'\n' => self.begin_line(),
+                _ => {
+                    self.escaped = byte == b'\\';
+                    self.place = Place::ColumnQuoted;
+                }
+            },
+            Place::ColumnQuoted if self.escaped => self.escaped = false,
+            Place::ColumnQuoted if byte == b'\\' => self.escaped = true,
+            Place::ColumnQuoted | Place::ColumnBracket | Place::ColumnPlain => match byte {
+                b'\n' => self.begin_line(),
+                b' ' => self.enter_column(),
+                // What follows up to the space belongs to the column.
+                _ => self.place = Place::ColumnPlain,
+            },
+        }
+    }
+
+    /// The quote behind a log's request: what follows up to the space is still its column.
+    fn end_column(&mut self) {
+        self.enter_named(Place::ColumnPlain, Kind::Column, self.column);
+    }
+
+    /// Behind the space that ends a column.
+    fn enter_column(&mut self) {
+        self.column = (self.column + 1).min(MAX_COLUMNS);
+        self.path = 0;
+        self.previous = 0;
+        self.escaped = false;
+        self.enter_named(Place::ColumnStart, Kind::Column, self.column);
+    }
+
+    /// Behind the end of a log's line.
+    fn begin_line(&mut self) {
+        self.column = 0;
+        self.enter_column();
+    }
+
+    /// What has no grammar: text, or in a log the rest of the quoted column.
+    fn enter_rest(&mut self) {
+        if self.column > 0 {
+            self.enter(Place::LineRest, LINE_REST);
+        } else {
+            self.enter(Place::Text, FREE_TEXT);
         }
     }
 
@@ -357,6 +508,12 @@ impl FieldTracker {
                 self.previous = 0;
                 self.enter(Place::AfterMethod, LINE_REST);
             }
+            b' ' if self.address.is_whole() => {
+                self.previous = 0;
+                self.column = 1;
+                self.enter_column();
+            }
+            b':' if self.address.may_have_colon() => self.address.absorb(byte),
             b'/' if self.run == 5 && self.previous == 4 => {
                 self.previous = 0;
                 self.enter(Place::LineRest, LINE_REST);
@@ -368,6 +525,7 @@ impl FieldTracker {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'-' | b'.' | b'[' | b']' | b'%' | b'$'
                 if self.run <= MAX_KEY_BYTES =>
             {
+                self.address.absorb(byte);
                 // While the unit may start with a method, `previous` counts its capitals.
                 self.previous += u32::from(byte.is_ascii_uppercase());
                 self.name = absorb(self.name, byte);
@@ -395,6 +553,8 @@ impl FieldTracker {
 
     /// A byte outside JSON strings and scalars.
     fn between(&mut self, byte: u8) {
+        let first = self.address == Address::default();
+        self.address.other = true;
         match byte {
             b'"' if self.objects >> self.depth & 1 == 1 && !self.value_next => {
                 self.enter_named(Place::JsonKey, Kind::JsonKey, join(self.parent(), self.previous));
@@ -411,6 +571,9 @@ impl FieldTracker {
                 self.leave_level();
                 self.enter_between();
             }
+            // Perhaps a log's time, made a marker; or a JSON number.
+            MARKER if self.run == 1 && first => self.place = Place::Marker,
+            MARKER => {}
             b':' => self.value_next = true,
             b',' => self.value_next = false,
             _ => self.enter_named(Place::JsonScalar, Kind::JsonScalar, self.key_path),
@@ -442,7 +605,7 @@ impl FieldTracker {
 }
 
 #[inline(always)]
-fn stops(byte: u8) -> u16 {
+fn stops(byte: u8) -> u32 {
     STOPS.get(usize::from(byte)).copied().unwrap_or(0)
 }
 
@@ -508,6 +671,30 @@ mod tests {
     }
 
     #[test]
+    fn a_log_is_cut_at_its_columns() {
+        assert_eq!(
+            cut(r#"10.1.2.3 - joe [06/Nov/1994:08:49:37 +0000] "GET /a/b?c=d HTTP/1.1" 200 12 "-" "curl 8""#),
+            r#"10.1.2.3 |- |joe |[06/Nov/1994:08:49:37 +0000] |"GET |/|a/|b?|c=|d |HTTP/1.1"| |200 |12 |"-" |"curl 8""#
+        );
+        assert_eq!(
+            cut("[\x01i5] \"POST /x\" 503 - \"a \\\" b\""),
+            "[|\x01i|5] |\"POST |/|x\"| |503 |- |\"a \\\" b\""
+        );
+        assert_eq!(
+            cut("2001:db8::7 - - \"\\x16\\x03\" 400\n::1 - - 1"),
+            "2001:db8::7 |- |- |\"\\x16\\x03\" |400\n|::1 |- |- |1"
+        );
+        let line = r#"1.2.3.4 - - [x] "GET /shop?id=7 HTTP/1.1" 200 5"#;
+        let other = r#"9.9.9.9 - ann [y z] "POST /shop?n=1&id=8 HTTP/1.1" 404 77"#;
+        assert_eq!(field_at(line, "7 "), field_at(other, "8 "));
+        assert_eq!(field_at(line, "200"), field_at(other, "404"));
+        assert_ne!(field_at(other, "404"), field_at(other, "77"));
+        for prose in ["1.2.3 - is it", "12:30 we met", "a.b.c.d is", "1.2.3.4, then", "[1] \"a\""] {
+            assert!(!cut(prose).contains("- |"), "{}", cut(prose));
+        }
+    }
+
+    #[test]
     fn a_field_is_known_by_its_path_and_key_alone() {
         // The same value field, whatever stands elsewhere.
         let a = field_at("GET /shop/buy?id=7 HTTP/1.1", "7 ");
@@ -532,8 +719,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_split_gives_the_same_fields(
-            text in prop::collection::vec(prop::sample::select(b"GETPOST /?=& \r\n:{}[]\",\\a1".to_vec()), 0..200),
-            head in prop::sample::select(std::vec!["", "GET /a?", "{\"", "HTTP/1.1 2\r\nA: b\r\n", "POST /a/b HTTP/1.1\r\n\r\n"]),
+            text in prop::collection::vec(prop::sample::select(b"GETPOST /?=& \r\n:{}[]\",\\a1.\x01".to_vec()), 0..200),
+            head in prop::sample::select(std::vec!["", "GET /a?", "{\"", "HTTP/1.1 2\r\nA: b\r\n", "POST /a/b HTTP/1.1\r\n\r\n", "1.2.3.4 - - [", "[\x01i5] \"", "::1 \"GET /"]),
             cuts in prop::collection::vec(0usize..200, 0..6),
         ) {
             let text = [head.as_bytes(), &text].concat();

@@ -108,7 +108,7 @@ impl Class {
     }
 
     /// The letter of the marker that stands for a token while it is scored.
-    pub(super) const fn letter(self) -> u8 {
+    pub(crate) const fn letter(self) -> u8 {
         b'a' + self as u8
     }
 }

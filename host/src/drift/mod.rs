@@ -408,6 +408,10 @@ mod tests {
         path
     }
 
+    fn answers(reports: &[StreamReport]) -> &StreamReport {
+        reports.iter().find(|stream| stream.stream.contains("/response/")).unwrap()
+    }
+
     fn compared(capture: &Path, more: &[&str]) -> Vec<StreamReport> {
         let path = capture.to_str().unwrap();
         let given = ["drift", path, path, "--baseline-label", "old", "--window-label", "new"];
@@ -419,7 +423,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = capture(folder.path(), true);
         let reports = compared(&path, &[]);
-        let [stream] = &reports[..] else { panic!("{reports:?}") };
+        // A completion's capture has a request without a body for each.
+        let stream = answers(&reports);
+        assert!(!reports[0].moved && reports[0].stream.contains("/request/"));
         assert!(stream.moved, "{stream:?}");
         assert_eq!((stream.baseline_messages, stream.window_messages), (150, 200));
         assert_eq!(stream.shifts[0].moved, "up");
@@ -438,7 +444,7 @@ mod tests {
     fn what_did_not_move_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let reports = compared(&capture(folder.path(), false), &["--permutations", "999"]);
-        assert!(!reports[0].moved && reports[0].words.is_empty(), "{reports:?}");
+        assert!(!answers(&reports).moved && answers(&reports).words.is_empty(), "{reports:?}");
         let other = folder.path().join("other.jsonl");
         std::fs::write(&other, "{\"id\":1,\"label\":\"n\",\"kind\":\"prompt\",\"text\":\"hello\"}\n")
             .unwrap();
@@ -465,9 +471,10 @@ mod tests {
 
         let model = ["--model", snapshot.to_str().unwrap(), "--config", config.to_str().unwrap()];
         let reports = compared(&path, &model);
-        let against = reports[0].against_calibration.as_ref().unwrap();
+        let stream = answers(&reports);
+        let against = stream.against_calibration.as_ref().unwrap();
         assert_eq!((against[1].capture, against[1].direction), ("window", "stranger"));
-        assert!(reports[0].moved && against[1].p_fraction[0] * 10 < against[1].p_fraction[1], "{against:?}");
+        assert!(stream.moved && against[1].p_fraction[0] * 10 < against[1].p_fraction[1], "{against:?}");
 
         let out = folder.path().join("new.driftlock");
         let adapt = |files: &Path, more: &[&str]| {
@@ -489,7 +496,10 @@ mod tests {
             std::fs::write(&many, std::fs::read_to_string(capture(folder.path(), false)).unwrap().repeat(3))
                 .unwrap();
             let adapted = adapt(&many, &["--renew", renew]);
-            let [was, is] = [&trained.snapshot, &adapted].map(|snapshot| &snapshot.streams()[0]);
+            let [was, is] = [&trained.snapshot, &adapted].map(|snapshot| {
+                let mut streams = snapshot.streams().iter();
+                streams.find(|stream| stream.stream().contains("/response/")).unwrap()
+            });
             assert_ne!(was.digest(), is.digest());
             assert_eq!(was.units() == is.units(), renew == "calibration");
         }
