@@ -30,8 +30,13 @@ pub fn holds(data: &[u8]) {
     }
 }
 
+/// What is allocated now, bytes.
+pub fn held() -> usize {
+    HEAP.current_usage()
+}
+
 /// The most that was allocated at once by `action`, beyond what was before.
-fn peak_of<T>(action: impl FnOnce() -> T) -> usize {
+pub fn peak_of<T>(action: impl FnOnce() -> T) -> usize {
     let before = HEAP.current_usage();
     HEAP.reset_peak_usage();
     drop(action());
