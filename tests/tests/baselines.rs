@@ -305,7 +305,15 @@ async fn the_service_answers_what_it_has_and_takes_whole_batches() {
         assert!(String::from_utf8_lossy(&body).contains("line "), "{bad}");
     }
     let seen = std::fs::read_to_string(folder.path().join("seen.jsonl")).unwrap();
-    assert_eq!(seen, "{\"a\":1}\n{\"b\":{}}\n");
+    let lines: Vec<&str> = seen.lines().collect();
+    let [first, second] = lines[..] else { panic!("{seen}") };
+    assert!(first.starts_with("{\"received_unix_ms\":1") && first.ends_with(",\"a\":1}"), "{first}");
+    assert!(second.ends_with(",\"b\":{}}"), "{second}");
+    // Neither is a verdict, and that is said; what follows verdicts is tested in the aggregation.
+    let report: Value = serde_json::from_slice(&get("/v1/streams", "").await.2).unwrap();
+    assert_eq!((&report["observations"], &report["unreadable"]), (&json!(0), &json!(2)));
+    let metrics = String::from_utf8(get("/metrics", "").await.2).unwrap();
+    assert!(metrics.contains("driftlock_observations_unreadable_total 2\n"), "{metrics}");
     assert!(
         Service::start(&Args {
             listen: address,

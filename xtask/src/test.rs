@@ -8,11 +8,16 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::build::{self, Dist, GUEST};
-use crate::command::{Failure, Workspace, run, succeeds};
+use crate::command::{Failure, Workspace, output, run, succeeds};
 use crate::{clients, debian, envoy, tidy};
 
 /// A bare-metal target: it has no `std` at all, so a crate that builds for it needs none.
 const BARE_METAL: &str = "thumbv7em-none-eabi";
+/// 64 bits, the highest byte first.
+const BIG_ENDIAN: &str = "s390x-unknown-linux-gnu";
+const BIG_ENDIAN_LINKER: &str = "s390x-linux-gnu-gcc";
+/// Runs of random traffic; under qemu one takes a second.
+const SEEDS: &str = "3";
 
 /// The engine's feature tiers as `engine/Cargo.toml` has them, where each must build. The tiers without
 /// features and with all of them are built by other steps.
@@ -109,6 +114,7 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             GUEST,
         ])
     })?;
+    steps.step("the same bytes on a big-endian machine", || same_bytes(workspace))?;
     // In the release profile: the host links the same C libraries there.
     steps.step("every adapter against its codec, and its lints", || {
         cargo(&[
@@ -212,6 +218,30 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             .env("RUSTDOCFLAGS", "-D warnings"))
     })?;
     steps.step("envoy/minimal.yaml is valid", || validate_minimal(workspace, &envoy))
+}
+
+/// What the engine makes of random traffic, here and on s390x: 64 bits, big-endian, under qemu.
+fn same_bytes(workspace: &Workspace) -> Result<(), Failure> {
+    build::add_target(BIG_ENDIAN)?;
+    let emulator = "qemu-s390x";
+    if !succeeds(Command::new(emulator).arg("--version"))
+        || !succeeds(Command::new(BIG_ENDIAN_LINKER).arg("--version"))
+    {
+        let packages = ["qemu-user", "gcc-s390x-linux-gnu", "libc6-dev-s390x-cross"];
+        debian::install(&packages, "the big-endian run needs an emulator and a linker")?;
+    }
+    let example = ["--quiet", "--package", "driftlock-engine", "--example", "same_bytes"];
+    run(workspace
+        .cargo(["build", "--target", BIG_ENDIAN])
+        .args(example)
+        .env("CARGO_TARGET_S390X_UNKNOWN_LINUX_GNU_LINKER", BIG_ENDIAN_LINKER))?;
+    let here = output(workspace.cargo(["run"]).args(example).args(["--", SEEDS]))?;
+    let built = workspace.target.join(BIG_ENDIAN).join("debug/examples/same_bytes");
+    let there = output(Command::new(emulator).args(["-L", "/usr/s390x-linux-gnu"]).arg(built).arg(SEEDS))?;
+    match here == there {
+        true => Ok(()),
+        false => Err(Failure::new(format!("here\n{here}\non {BIG_ENDIAN}\n{there}"))),
+    }
 }
 
 /// The example is a workspace of its own. With this workspace's lock file, profile and target directory
