@@ -47,7 +47,9 @@ impl Text {
 
     fn string(&mut self, text: &str) {
         self.0.push(b'"');
-        if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
+        // All of it, without stopping early: many bytes at once.
+        let plain = |plain, byte| plain & (byte >= b' ') & (byte != b'"') & (byte != b'\\');
+        if text.bytes().fold(true, plain) {
             self.raw(text.as_bytes());
         } else {
             text.bytes().for_each(|byte| self.escaped(byte));
@@ -89,32 +91,35 @@ impl Text {
     /// The shortest decimal that reads as this f64. One of at most fifteen digits is the only one so short,
     /// so where `number` is the f64 nearest to n/1000, that is what is written.
     fn decimal(&mut self, number: f64) -> bool {
-        const MAX: f64 = 1e12;
-        for (scale, places) in [(1e3, 3u32), (1e6, 6)] {
-            let scaled = number * scale;
-            // Smaller ones have an exponent.
-            if !(scaled == 0.0 || (scaled >= scale * 1e-5 && scaled < MAX)) {
-                continue;
-            }
-            let nearest = (scaled + 0.5) as u64;
-            if nearest as f64 / scale != number || number.is_sign_negative() {
-                continue;
-            }
-            let one = 10u64.pow(places);
-            self.whole(nearest / one);
-            let mut rest = nearest % one;
-            self.0.push(b'.');
-            let mut place = one / 10;
-            loop {
-                self.0.push(b'0' + (rest / place.max(1)) as u8);
-                rest %= place.max(1);
-                place /= 10;
-                if rest == 0 {
-                    return true;
-                }
-            }
+        if number == 0.0 && number.is_sign_positive() {
+            self.raw(b"0.0");
+            return true;
+        }
+        // Smaller ones have an exponent, larger ones more digits.
+        if !(1e-5..1e8).contains(&number) {
+            return false;
+        }
+        let thousandths = (number * 1e3 + 0.5) as u64;
+        if thousandths as f64 / 1e3 == number {
+            self.whole(thousandths / 1000);
+            self.places([thousandths / 100 % 10, thousandths / 10 % 10, thousandths % 10]);
+            return true;
+        }
+        let millionths = (number * 1e6 + 0.5) as u64;
+        if millionths as f64 / 1e6 == number {
+            self.whole(millionths / 1_000_000);
+            let place = |one: u64| millionths / one % 10;
+            self.places([place(100_000), place(10_000), place(1000), place(100), place(10), place(1)]);
+            return true;
         }
         false
+    }
+
+    /// The digits behind the point, without zeros at the end but the first.
+    fn places<const N: usize>(&mut self, digits: [u64; N]) {
+        let kept = digits.iter().rposition(|&digit| digit != 0).map_or(1, |last| last + 1);
+        self.0.push(b'.');
+        digits.iter().take(kept).for_each(|&digit| self.0.push(b'0' + digit as u8));
     }
 }
 
