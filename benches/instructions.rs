@@ -55,16 +55,16 @@ fn instructions() -> Result<Vec<u64>, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let folder = std::env::temp_dir().join(format!("driftlock-instructions-{}", std::process::id()));
     std::fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
-    let status = Command::new("valgrind")
-        .args(["--tool=callgrind", "--toggle-collect=*instructions::measured*"])
-        .arg("--dump-after=*instructions::measured*")
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--toggle-collect=instructions::measured"])
+        .arg("--dump-after=instructions::measured")
         .arg(format!("--callgrind-out-file={}", folder.join("counts").display()))
         .arg(program)
         .arg("run")
         .output()
         .map_err(|error| format!("cannot run valgrind: {error}; install Debian's package valgrind"))?;
-    if !status.status.success() {
-        return Err(String::from_utf8_lossy(&status.stderr).into_owned());
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
     }
     let mut counts = Vec::new();
     while let Ok(text) = std::fs::read_to_string(folder.join(format!("counts.{}", counts.len() + 1))) {

@@ -285,7 +285,7 @@ fn parsers(paths: &mut Vec<HotPath>) {
         }),
     ];
     for (what, body, make) in bodies {
-        let parse = |body: &str, step: usize| {
+        let parse = move |body: &str, step: usize| {
             let (mut parser, mut count) = (make(), Count::default());
             body.as_bytes().chunks(step).for_each(|piece| parser.push(piece, &mut count));
             let _ = parser.finish(&mut count);

@@ -9,8 +9,9 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use cpu_time::ThreadTime;
 use driftlock_inspect::config::Config;
 use driftlock_inspect::session::Plugin;
 use serde_json::{Value, json};
@@ -49,7 +50,7 @@ fn exchange(id: usize, sample: &Sample) -> Result<Exchange, BenchError> {
     Ok(row.into_exchange()?)
 }
 
-/// Messages a second of a replay on one thread.
+/// Messages a second of processor time, the system's included, of a replay on one thread.
 pub(super) fn replayed(split: &Split, rounds: usize) -> Result<f64, BenchError> {
     let folder = tempfile::tempdir()?;
     let fitting = split.train.iter().chain(&split.tune).chain(&split.calibrate).enumerate();
@@ -86,9 +87,9 @@ pub(super) fn replayed(split: &Split, rounds: usize) -> Result<f64, BenchError> 
     let mut digest = None;
     // The first warms the disk's cache.
     for round in 0..=rounds {
-        let begin = Instant::now();
+        let begin = ThreadTime::try_now()?;
         let summary = replay::replay(&args, io::sink())?;
-        let seconds = begin.elapsed().as_secs_f64();
+        let seconds = begin.try_elapsed()?.as_secs_f64();
         if summary.outcomes != outcomes || summary.failures + summary.bad_rows > 0 {
             return Err(wrong(format!("the replay found {summary:?} where {outcomes:?} was expected")));
         }

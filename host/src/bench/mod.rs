@@ -130,7 +130,7 @@ pub struct Ratios {
 /// What was measured in absolute terms, on this machine.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Figures {
-    /// Messages of about 300 bytes a second, of a replay on one thread.
+    /// Messages of about 300 bytes a second of processor time, of a replay on one thread.
     pub replay_messages_per_s_1_thread: Option<f64>,
     /// Scoring, short messages.
     pub score_mb_per_s: Option<f64>,

@@ -2,16 +2,19 @@
 //!
 //! On a machine that others use, what is measured a second later is measured on another machine. So the
 //! two are measured in each other's neighbourhood, a few milliseconds each, and the median of the rounds'
-//! ratios counts: a round that was interrupted does not move it.
+//! ratios counts. The clock is the thread's processor time, as the work has one thread and waits for
+//! nothing: by the wall's clock the longer of the two would be interrupted more often.
 
 use std::time::{Duration, Instant};
+
+use cpu_time::ThreadTime;
 
 use super::BenchError;
 
 /// Rounds that are made whatever they cost.
 const LEAST_ROUNDS: usize = 5;
 
-/// Seconds that each took, by round.
+/// Seconds of processor time that each took, by round.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
     first_s: Vec<f64>,
@@ -59,10 +62,10 @@ pub(super) fn by_turns(
 }
 
 fn seconds(work: &mut impl FnMut() -> Result<(), BenchError>) -> Result<f64, BenchError> {
-    let begin = Instant::now();
+    let begin = ThreadTime::try_now()?;
     work()?;
     // A clock that did not move must not divide.
-    Ok(begin.elapsed().as_secs_f64().max(1e-9))
+    Ok(begin.try_elapsed()?.as_secs_f64().max(1e-9))
 }
 
 /// The middle value, the upper one of two; 0 of none.
@@ -77,18 +80,21 @@ mod tests {
 
     #[test]
     fn one_interrupted_round_does_not_move_the_ratio() {
-        let mut round = 0;
-        let wait = |ms: u64| -> Result<(), BenchError> {
-            std::thread::sleep(Duration::from_millis(ms));
+        let work = |rounds: u64| -> Result<(), BenchError> {
+            let sum = (0..rounds * 200_000).fold(0u64, |sum, i| std::hint::black_box(sum ^ i));
+            assert!(sum < u64::MAX);
             Ok(())
         };
+        let mut round = 0;
         let first = || {
             round += 1;
-            wait(if round == 3 { 60 } else { 2 })
+            // Waiting costs no processor time; the fourth is work that another round does not have.
+            std::thread::sleep(Duration::from_millis(5));
+            work(if round == 4 { 60 } else { 2 })
         };
-        let turns = by_turns(Duration::ZERO, first, || wait(6)).unwrap();
+        let turns = by_turns(Duration::ZERO, first, || work(6)).unwrap();
         assert_eq!(turns.first_s.len(), LEAST_ROUNDS);
-        assert!((1.5..4.5).contains(&turns.ratio()), "{}", turns.ratio());
+        assert!((1.5..6.0).contains(&turns.ratio()), "{}", turns.ratio());
         assert!(turns.first_s() < turns.second_s());
     }
 }
