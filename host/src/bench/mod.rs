@@ -209,7 +209,7 @@ impl Budget {
                 scoring: ms(3000),
                 permutation: ms(1500),
                 wasm: ms(3000),
-                replays: 3,
+                replays: 2,
                 rounds: 5,
                 round: ms(700),
             }
