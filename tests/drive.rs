@@ -12,7 +12,7 @@ use driftlock_host::abi::{
 };
 use driftlock_host::capture::{self, Exchange, HttpRequest, HttpResponse};
 use driftlock_host::replay::wire::on_the_wire;
-use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
+use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{self, Step, filter_state};
 
 /// An exchange and how it passes.
@@ -108,21 +108,37 @@ impl Host for Memory<'_> {
         Ok(value.map(|value| value.as_bytes().to_vec()))
     }
 
-    fn set_response_header(&mut self, _name: &str, _value: &str) -> Result<(), HostError> {
+    fn set_header(&mut self, _of: Direction, _name: &str, _value: &str) -> Result<(), HostError> {
         Ok(())
     }
 
-    fn remove_response_header(&mut self, _name: &str) -> Result<(), HostError> {
+    fn remove_header(&mut self, _of: Direction, _name: &str) -> Result<(), HostError> {
         Ok(())
     }
+
+    fn set_response_trailer(&mut self, _name: &str, _value: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn set_body(&mut self, _of: Direction, _bytes: &[u8]) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn now_ns(&self) -> Option<u64> {
+        None
+    }
+
+    fn record(&mut self, _histogram: Histogram, _value: u64) {}
+
+    fn gauge(&mut self, _gauge: Gauge, _value: u64) {}
 
     fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
         self.state.insert(key.to_owned(), value.to_owned());
         Ok(())
     }
 
-    fn respond(&mut self, status: u16, body: &str) -> Result<(), HostError> {
-        self.reply = Some((status, body.to_owned()));
+    fn respond(&mut self, reply: &Reply) -> Result<(), HostError> {
+        self.reply = Some((reply.status, reply.body.clone()));
         Ok(())
     }
 

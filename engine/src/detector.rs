@@ -228,6 +228,11 @@ impl Detector {
         self.streams.len()
     }
 
+    /// Streams with a frozen baseline.
+    pub fn frozen(&self) -> usize {
+        self.streams.values().filter(|stream| matches!(stream, Stream::Frozen(_))).count()
+    }
+
     /// The baselines that are frozen now.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot::new(self.streams.values().filter_map(|stream| match stream {
@@ -347,6 +352,20 @@ impl Detector {
             }
         }
         verdict
+    }
+
+    /// Whether the message is anomalous already, whatever is still to come: a unit that is complete makes it
+    /// so, and the largest statistic only grows. Units under way are not looked at: the beginning of a normal
+    /// text can be stranger than the whole. It changes nothing.
+    pub fn stands_out(&self, message: &Message) -> bool {
+        let Mode::Score { baseline, done, .. } = &message.mode else { return false };
+        let calibration = baseline.calibration();
+        match done.strangest.first() {
+            Some(unit) if !calibration.statistics().is_empty() => {
+                calibration.p_value(unit.statistic).at_most(self.settings.alpha_ppm)
+            }
+            _ => false,
+        }
     }
 
     /// Learns from one message; says how far the stream is.

@@ -21,6 +21,8 @@ pub(crate) enum MapType {
     RequestHeaders = 0,
     /// Response headers.
     ResponseHeaders = 2,
+    /// Response trailers.
+    ResponseTrailers = 3,
     /// Headers of the answer to a call of ours.
     CallAnswer = 6,
 }
@@ -43,7 +45,18 @@ const OK: u32 = 0;
 const NOT_FOUND: u32 = 1;
 /// What a read that came back short is reported as.
 pub(crate) const BAD_ARGUMENT: HostError = HostError(2);
-const COUNTER: u32 = 0;
+/// `proxy_metric_type_t`.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum MetricType {
+    /// Goes up.
+    Counter = 0,
+    /// Goes up and down.
+    Gauge = 1,
+    /// Takes values.
+    Histogram = 2,
+}
+
 const NO_GRPC_STATUS: i32 = -1;
 
 #[link(wasm_import_module = "env")]
@@ -56,6 +69,8 @@ unsafe extern "C" {
         data: *mut *mut u8,
         size: *mut usize,
     ) -> u32;
+    fn proxy_get_buffer_status(kind: u32, length: *mut usize, flags: *mut u32) -> u32;
+    fn proxy_set_buffer_bytes(kind: u32, start: usize, length: usize, data: *const u8, size: usize) -> u32;
     fn proxy_get_header_map_value(
         map: u32,
         key: *const u8,
@@ -91,6 +106,9 @@ unsafe extern "C" {
     fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> u32;
     fn proxy_define_metric(kind: u32, name: *const u8, size: usize, id: *mut u32) -> u32;
     fn proxy_increment_metric(id: u32, by: i64) -> u32;
+    fn proxy_record_metric(id: u32, value: u64) -> u32;
+    fn proxy_set_effective_context(context: u32) -> u32;
+    fn proxy_continue_stream(stream: u32) -> u32;
     fn proxy_send_local_response(
         status: u32,
         details: *const u8,
@@ -214,10 +232,19 @@ pub(crate) fn set_property(path: &str, value: &str) -> Result<(), HostError> {
     checked(unsafe { proxy_set_property(path.as_ptr(), path.len(), value.as_ptr(), value.len()) })
 }
 
-pub(crate) fn define_counter(name: &str) -> Result<u32, HostError> {
+/// Puts `bytes` in the place of all that the host has of this body now.
+pub(crate) fn set_buffer(kind: BufferType, bytes: &[u8]) -> Result<(), HostError> {
+    let (mut length, mut flags) = (0, 0);
+    // SAFETY: both out-pointers are live locals of the right type.
+    checked(unsafe { proxy_get_buffer_status(kind as u32, &mut length, &mut flags) })?;
+    // SAFETY: pointer and length are of a live slice, which the host only reads.
+    checked(unsafe { proxy_set_buffer_bytes(kind as u32, 0, length, bytes.as_ptr(), bytes.len()) })
+}
+
+pub(crate) fn define_metric(kind: MetricType, name: &str) -> Result<u32, HostError> {
     let mut id = 0;
     // SAFETY: the name is a live slice, the out-pointer a live local.
-    checked(unsafe { proxy_define_metric(COUNTER, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
+    checked(unsafe { proxy_define_metric(kind as u32, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
 }
 
 pub(crate) fn increment(id: u32, by: i64) -> Result<(), HostError> {
@@ -225,9 +252,32 @@ pub(crate) fn increment(id: u32, by: i64) -> Result<(), HostError> {
     checked(unsafe { proxy_increment_metric(id, by) })
 }
 
-/// Answers with a JSON body. `details` goes to `%RESPONSE_CODE_DETAILS%`.
-pub(crate) fn send_json(status: u16, details: &str, body: &str) -> Result<(), HostError> {
-    let headers = serialised(&[("content-type", "application/json")]);
+/// Sets a gauge, adds a value to a histogram.
+pub(crate) fn record(id: u32, value: u64) -> Result<(), HostError> {
+    // SAFETY: takes no pointers.
+    checked(unsafe { proxy_record_metric(id, value) })
+}
+
+/// Has the calls that follow concern another context.
+pub(crate) fn set_effective_context(context: u32) -> Result<(), HostError> {
+    // SAFETY: takes no pointers.
+    checked(unsafe { proxy_set_effective_context(context) })
+}
+
+/// Lets a paused request (0) or response (1) of the effective context go on, once this callback is over.
+pub(crate) fn continue_stream(stream: u32) -> Result<(), HostError> {
+    // SAFETY: takes no pointers.
+    checked(unsafe { proxy_continue_stream(stream) })
+}
+
+/// Answers in the upstream's place. `details` goes to `%RESPONSE_CODE_DETAILS%`.
+pub(crate) fn send_local_response(
+    status: u16,
+    details: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Result<(), HostError> {
+    let headers = serialised(headers);
     // SAFETY: pointers and lengths are of live slices, which the host only reads.
     checked(unsafe {
         proxy_send_local_response(

@@ -4,22 +4,27 @@
 //! stream holds an exchange. Why so thin: everything that decides is in `driftlock-inspect`, which also
 //! runs natively, so a replay gives the filter's verdicts.
 //!
-//! Cost: a body is copied out of the host once; nothing is held unless the route fails closed.
+//! Cost: a body is copied out of the host once; nothing is held unless a rule or the route asks for it.
+//! Where headers may be held, a tick looks at those that wait.
 //!
 //! Left out on purpose: anything a test could not run without a proxy.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod hostcall;
+mod proxy;
+mod watchdog;
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use driftlock_inspect::baselines::{Answer, Call, Services, TICK_MS};
-use driftlock_inspect::host::{Direction, Host, HostError, Level, METRIC_NAMES, Metric};
+use driftlock_inspect::baselines::{Answer, TICK_MS};
+use driftlock_inspect::host::{Direction, Host, HostError, Metric};
 use driftlock_inspect::session::{Exchange, Plugin, Step};
 use hostcall::{BufferType, MapType};
+use proxy::{MetricIds, Proxy};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType, LogLevel};
+use watchdog::Watchdog;
 
 mod start {
     #![allow(missing_docs, reason = "the macro's exports are the ABI's")]
@@ -27,24 +32,25 @@ mod start {
 
     proxy_wasm::main! {{
         proxy_wasm::set_log_level(LogLevel::Info);
-        proxy_wasm::set_root_context(|_| Box::new(Root::default()));
+        proxy_wasm::set_root_context(|id| Box::new(Root::new(id)));
     }}
 }
 
-/// Counter ids by [`Metric`]; a counter that the host refused to define is absent.
-type Counters = [Option<u32>; METRIC_NAMES.len()];
-
-#[derive(Default)]
 struct Root {
     /// Filled by `on_configure`, shared with the streams. A stream keeps the plugin it began with.
     plugin: Option<Rc<RefCell<Plugin>>>,
-    counters: Rc<Counters>,
+    metrics: Rc<MetricIds>,
+    watchdog: Rc<Watchdog>,
 }
 
 impl Root {
+    fn new(id: u32) -> Self {
+        Self { plugin: None, metrics: Rc::default(), watchdog: Rc::new(Watchdog::new(id)) }
+    }
+
     /// Runs `work` with the plugin. Streams do not run meanwhile, so it is free.
     fn with(&mut self, work: impl FnOnce(&mut Plugin, &mut Proxy)) {
-        let mut proxy = Proxy { counters: Rc::clone(&self.counters) };
+        let mut proxy = Proxy { metrics: Rc::clone(&self.metrics) };
         if let Some(mut plugin) = self.plugin.as_ref().and_then(|plugin| plugin.try_borrow_mut().ok()) {
             work(&mut plugin, &mut proxy);
         }
@@ -71,13 +77,14 @@ impl RootContext for Root {
             .and_then(|bytes| Plugin::configure(&bytes).map_err(|error| error.to_string()));
         match configured {
             Ok(plugin) => {
-                self.counters = Rc::new(METRIC_NAMES.map(|name| hostcall::define_counter(name).ok()));
-                let ticks = plugin.needs_ticks();
+                self.metrics = Rc::new(MetricIds::define());
+                let keeper = plugin.needs_ticks().then_some(TICK_MS);
+                let period = [keeper, self.watchdog.configure(plugin.hold())].into_iter().flatten().min();
                 self.plugin = Some(Rc::new(RefCell::new(plugin)));
                 let node = hostcall::property("node\0id").ok().flatten().unwrap_or_default();
                 self.with(|plugin, proxy| {
                     plugin.start(&String::from_utf8_lossy(&node), proxy);
-                    if ticks && hostcall::tick_every(TICK_MS).is_err() {
+                    if period.is_some_and(|period| hostcall::tick_every(period).is_err()) {
                         Host::count(proxy, Metric::HostCallErrors, 1);
                     }
                 });
@@ -92,14 +99,20 @@ impl RootContext for Root {
 
     fn on_tick(&mut self) {
         self.with(|plugin, proxy| plugin.tick(hostcall::now_ns(), proxy));
+        self.watchdog.tick();
     }
 
-    fn create_http_context(&self, _context_id: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Stream {
+    fn create_http_context(&self, context_id: u32) -> Option<Box<dyn HttpContext>> {
+        let passing = Passing {
             plugin: self.plugin.clone(),
             exchange: Exchange::default(),
-            host: Proxy { counters: Rc::clone(&self.counters) },
-            held_bytes: 0,
+            host: Proxy { metrics: Rc::clone(&self.metrics) },
+            held_bytes: [0; 2],
+        };
+        Some(Box::new(Stream {
+            context_id,
+            passing: Rc::new(RefCell::new(passing)),
+            watchdog: Rc::clone(&self.watchdog),
         }))
     }
 
@@ -108,30 +121,100 @@ impl RootContext for Root {
     }
 }
 
+/// A stream as the proxy knows it.
 struct Stream {
+    context_id: u32,
+    passing: Rc<RefCell<Passing>>,
+    watchdog: Rc<Watchdog>,
+}
+
+/// An exchange and what it needs.
+struct Passing {
     plugin: Option<Rc<RefCell<Plugin>>>,
     exchange: Exchange,
     host: Proxy,
-    /// Request bytes that were already read and that the proxy still holds.
-    held_bytes: usize,
+    /// Bytes of the request and the response that were already read and that the proxy still holds.
+    held_bytes: [usize; 2],
 }
 
-impl Stream {
+impl Passing {
     /// Runs `callback` with the plugin; a stream without one (a VM that was never configured) passes.
-    fn with(&mut self, callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step) -> Step {
-        let Some(plugin) = &self.plugin else { return Step::Forward };
+    fn with<T>(
+        &mut self,
+        otherwise: T,
+        callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> T,
+    ) -> T {
+        let Some(plugin) = &self.plugin else { return otherwise };
         match plugin.try_borrow_mut() {
             Ok(mut plugin) => {
-                let step = callback(&mut self.exchange, &mut plugin, &mut self.host);
+                let result = callback(&mut self.exchange, &mut plugin, &mut self.host);
                 plugin.settle(&mut self.host);
-                step
+                result
             }
             // Callbacks do not nest, so this is the host's fault; count it, do not stop the traffic.
             Err(_) => {
                 Host::count(&mut self.host, Metric::HostCallErrors, 1);
-                Step::Forward
+                otherwise
             }
         }
+    }
+
+    fn body(&mut self, direction: Direction, size: usize, end_of_stream: bool) -> Step {
+        let kind = match direction {
+            Direction::Request => BufferType::RequestBody,
+            Direction::Response => BufferType::ResponseBody,
+        };
+        let place = direction as usize;
+        let start = self.held_bytes.get(place).copied().unwrap_or(0);
+        let step = self.with(Step::Forward, |exchange, plugin, host| {
+            let chunk = body(kind, start, size);
+            let chunk = chunk.as_deref().map_err(|error| *error);
+            match direction {
+                Direction::Request => exchange.request_body(plugin, host, chunk, end_of_stream),
+                Direction::Response => exchange.response_body(plugin, host, chunk, end_of_stream),
+            }
+        });
+        if let Some(held) = self.held_bytes.get_mut(place) {
+            *held = if step == Step::Hold { size } else { 0 };
+        }
+        step
+    }
+}
+
+impl Stream {
+    fn with(&self, callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step) -> Action {
+        match self.passing.try_borrow_mut() {
+            Ok(mut passing) => action(passing.with(Step::Forward, callback)),
+            Err(_) => Action::Continue,
+        }
+    }
+
+    /// Headers that are held are watched.
+    fn headers(
+        &self,
+        direction: Direction,
+        callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step,
+    ) -> Action {
+        let Ok(mut passing) = self.passing.try_borrow_mut() else { return Action::Continue };
+        let step = passing.with(Step::Forward, callback);
+        if step == Step::Hold {
+            self.watchdog.watch(self.context_id, direction, Rc::downgrade(&self.passing));
+        }
+        action(step)
+    }
+
+    fn body(&self, direction: Direction, size: usize, end_of_stream: bool) -> Action {
+        match self.passing.try_borrow_mut() {
+            Ok(mut passing) => action(passing.body(direction, size, end_of_stream)),
+            Err(_) => Action::Continue,
+        }
+    }
+
+    fn done(&self) {
+        self.with(|exchange, plugin, host| {
+            exchange.done(plugin, host);
+            Step::Forward
+        });
     }
 }
 
@@ -140,64 +223,6 @@ fn action(step: Step) -> Action {
         Step::Forward => Action::Continue,
         Step::Hold | Step::Answered => Action::Pause,
     }
-}
-
-impl Context for Stream {
-    fn on_done(&mut self) -> bool {
-        // Envoy has called on_log before; another host may not.
-        self.with(|exchange, plugin, host| {
-            exchange.done(plugin, host);
-            Step::Forward
-        });
-        true
-    }
-}
-
-impl HttpContext for Stream {
-    fn on_http_request_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
-        action(self.with(|exchange, plugin, host| exchange.request_headers(plugin, host, end_of_stream)))
-    }
-
-    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
-        let start = self.held_bytes;
-        let step = self.with(|exchange, plugin, host| {
-            let chunk = body(BufferType::RequestBody, start, size);
-            exchange.request_body(plugin, host, chunk.as_deref().map_err(|e| *e), end_of_stream)
-        });
-        self.held_bytes = if step == Step::Hold { size } else { 0 };
-        action(step)
-    }
-
-    fn on_http_request_trailers(&mut self, _count: usize) -> Action {
-        action(self.with(|exchange, plugin, host| exchange.request_trailers(plugin, host)))
-    }
-
-    fn on_http_response_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
-        action(self.with(|exchange, plugin, host| exchange.response_headers(plugin, host, end_of_stream)))
-    }
-
-    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
-        action(self.with(|exchange, plugin, host| {
-            let chunk = body(BufferType::ResponseBody, 0, size);
-            exchange.response_body(plugin, host, chunk.as_deref().map_err(|e| *e), end_of_stream)
-        }))
-    }
-
-    fn on_http_response_trailers(&mut self, _count: usize) -> Action {
-        action(self.with(|exchange, plugin, host| exchange.response_trailers(plugin, host)))
-    }
-
-    fn on_log(&mut self) {
-        self.with(|exchange, plugin, host| {
-            exchange.done(plugin, host);
-            Step::Forward
-        });
-    }
-}
-
-/// The proxy behind the host calls.
-struct Proxy {
-    counters: Rc<Counters>,
 }
 
 /// Body bytes from `start` to `size`; fewer than that is an error, for what is missing was not seen.
@@ -210,67 +235,44 @@ fn body(kind: BufferType, start: usize, size: usize) -> Result<Vec<u8>, HostErro
     if bytes.len() == wanted { Ok(bytes) } else { Err(hostcall::BAD_ARGUMENT) }
 }
 
-impl Host for Proxy {
-    fn header(&self, direction: Direction, name: &str) -> Result<Option<Vec<u8>>, HostError> {
-        let map = match direction {
-            Direction::Request => MapType::RequestHeaders,
-            Direction::Response => MapType::ResponseHeaders,
-        };
-        hostcall::header(map, name)
-    }
-
-    fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError> {
-        hostcall::set_header(MapType::ResponseHeaders, name, value)
-    }
-
-    fn remove_response_header(&mut self, name: &str) -> Result<(), HostError> {
-        hostcall::remove_header(MapType::ResponseHeaders, name)
-    }
-
-    fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
-        hostcall::set_property(key, value)
-    }
-
-    fn respond(&mut self, status: u16, body: &str) -> Result<(), HostError> {
-        hostcall::send_json(status, "driftlock_refused", body)
-    }
-
-    fn count(&mut self, metric: Metric, by: u64) {
-        let by = i64::try_from(by).unwrap_or(i64::MAX);
-        if let Some(id) = self.counters.get(metric as usize).copied().flatten() {
-            // Nothing is left to report a refused increment to.
-            let _ = hostcall::increment(id, by);
-        }
-    }
-
-    fn log(&mut self, level: Level, line: &str) {
-        let level = match level {
-            Level::Info => 2,
-            Level::Warn => 3,
-            Level::Error => 4,
-        };
-        hostcall::log(level, line);
+impl Context for Stream {
+    fn on_done(&mut self) -> bool {
+        // Envoy has called on_log before; another host may not.
+        self.done();
+        true
     }
 }
 
-impl Services for Proxy {
-    fn shared(&self, key: &str) -> Result<Option<(Vec<u8>, u32)>, HostError> {
-        hostcall::shared(key)
+impl HttpContext for Stream {
+    fn on_http_request_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
+        self.headers(Direction::Request, |exchange, plugin, host| {
+            exchange.request_headers(plugin, host, end_of_stream)
+        })
     }
 
-    fn set_shared(&mut self, key: &str, value: &[u8], cas: u32) -> Result<(), HostError> {
-        hostcall::set_shared(key, value, cas)
+    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        self.body(Direction::Request, size, end_of_stream)
     }
 
-    fn call(&mut self, call: Call<'_>) -> Result<u32, HostError> {
-        hostcall::call(&call)
+    fn on_http_request_trailers(&mut self, _count: usize) -> Action {
+        self.with(|exchange, plugin, host| exchange.request_trailers(plugin, host))
     }
 
-    fn count(&mut self, metric: Metric, by: u64) {
-        Host::count(self, metric, by);
+    fn on_http_response_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
+        self.headers(Direction::Response, |exchange, plugin, host| {
+            exchange.response_headers(plugin, host, end_of_stream)
+        })
     }
 
-    fn log(&mut self, level: Level, line: &str) {
-        Host::log(self, level, line);
+    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        self.body(Direction::Response, size, end_of_stream)
+    }
+
+    fn on_http_response_trailers(&mut self, _count: usize) -> Action {
+        self.with(|exchange, plugin, host| exchange.response_trailers(plugin, host))
+    }
+
+    fn on_log(&mut self) {
+        self.done();
     }
 }

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use driftlock_engine::baseline::Snapshot;
 use driftlock_inspect::config::{Config, Uninspectable};
 use driftlock_inspect::content::ApiStyle;
-use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
+use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{Exchange, Plugin, Step};
 use serde_json::Value;
 
@@ -96,21 +96,37 @@ impl Host for Proxy<'_> {
         Ok(value.map(<[u8]>::to_vec))
     }
 
-    fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError> {
+    fn set_header(&mut self, _: Direction, name: &str, value: &str) -> Result<(), HostError> {
         assert!(name.is_ascii() && value.bytes().all(|b| (b' '..0x7f).contains(&b)), "{name}: {value}");
         self.call(1)
     }
 
-    fn remove_response_header(&mut self, _: &str) -> Result<(), HostError> {
+    fn remove_header(&mut self, _: Direction, _: &str) -> Result<(), HostError> {
         self.call(1)
     }
+
+    fn set_response_trailer(&mut self, _: &str, _: &str) -> Result<(), HostError> {
+        self.call(1)
+    }
+
+    fn set_body(&mut self, _: Direction, _: &[u8]) -> Result<(), HostError> {
+        panic!("without rules no body is changed");
+    }
+
+    fn now_ns(&self) -> Option<u64> {
+        None
+    }
+
+    fn record(&mut self, _: Histogram, _: u64) {}
+
+    fn gauge(&mut self, _: Gauge, _: u64) {}
 
     fn set_filter_state(&mut self, _: &str, _: &str) -> Result<(), HostError> {
         self.call(2)
     }
 
-    fn respond(&mut self, status: u16, body: &str) -> Result<(), HostError> {
-        assert!((400..600).contains(&status) && is_json(body.as_bytes()), "{status} {body}");
+    fn respond(&mut self, reply: &Reply) -> Result<(), HostError> {
+        assert!((400..600).contains(&reply.status) && is_json(reply.body.as_bytes()), "{reply:?}");
         self.call(3)?;
         self.replies += 1;
         Ok(())
@@ -124,11 +140,12 @@ impl Host for Proxy<'_> {
     }
 
     fn log(&mut self, _: Level, line: &str) {
+        let mut line: Value = serde_json::from_str(line).expect("a log line is JSON");
         for (direction, place) in
             [Direction::Request, Direction::Response].into_iter().zip(&mut self.verdicts)
         {
-            if let Some(json) = line.strip_prefix(&format!("driftlock {} ", direction.as_str())) {
-                let verdict = serde_json::from_str(json).expect("a verdict is JSON");
+            if line["driftlock"] == direction.as_str() {
+                let verdict = line["verdict"].take();
                 assert!(place.replace(verdict).is_none(), "a second verdict on the {direction:?}");
             }
         }

@@ -1,7 +1,7 @@
 //! Learning and judging do not depend on how bodies were cut: two plugins are given the same messages in
 //! different chunks and must reach the same verdicts and the same baselines, byte for byte.
 
-use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
+use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{Exchange, Plugin};
 
 use crate::input::{Cuts, Input};
@@ -88,11 +88,19 @@ impl Host for Journal {
         })
     }
 
-    fn set_response_header(&mut self, _: &str, _: &str) -> Result<(), HostError> {
+    fn set_header(&mut self, _: Direction, _: &str, _: &str) -> Result<(), HostError> {
         Ok(())
     }
 
-    fn remove_response_header(&mut self, _: &str) -> Result<(), HostError> {
+    fn remove_header(&mut self, _: Direction, _: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn set_response_trailer(&mut self, _: &str, _: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn set_body(&mut self, _: Direction, _: &[u8]) -> Result<(), HostError> {
         Ok(())
     }
 
@@ -100,9 +108,17 @@ impl Host for Journal {
         Ok(())
     }
 
-    fn respond(&mut self, _: u16, _: &str) -> Result<(), HostError> {
+    fn respond(&mut self, _: &Reply) -> Result<(), HostError> {
         Ok(())
     }
+
+    fn now_ns(&self) -> Option<u64> {
+        None
+    }
+
+    fn record(&mut self, _: Histogram, _: u64) {}
+
+    fn gauge(&mut self, _: Gauge, _: u64) {}
 
     fn count(&mut self, _: Metric, _: u64) {}
 

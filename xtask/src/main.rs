@@ -12,6 +12,7 @@ mod command;
 mod debian;
 mod envoy;
 mod python;
+mod sdk;
 mod test;
 mod tidy;
 
@@ -25,6 +26,7 @@ const USAGE: &str = "cargo xtask TASK
   clients            install the clients of the tests into target/clients (openai, websockets)
   demo [ARGS]        build, then `driftlock demo ARGS`; with --envoy through a real Envoy
   envoy              install Envoy into target/envoy (a Python virtual environment)
+  sdk                install the openai and anthropic SDKs and fakellm into target/sdk
   test               everything: style, lints, bare-metal builds, tests, tests with Envoy
   tidy               who may import whom, and what no file may contain
 ";
@@ -55,6 +57,9 @@ fn run(arguments: &[String]) -> Result<(), Failure> {
             .map(|python| println!("a Python with the clients: {}", python.display())),
         "demo" => build::demo(&workspace, rest),
         "envoy" => envoy::install(&workspace).map(|binary| println!("Envoy: {}", binary.display())),
+        "sdk" => {
+            sdk::install(&workspace).map(|python| println!("Python with the SDKs: {}", python.display()))
+        }
         "test" => test::test(&workspace),
         "tidy" => tidy::tidy(&workspace),
         "help" | "-h" | "--help" => {

@@ -20,6 +20,7 @@ use driftlock_engine::calibrate::messages_for_alpha;
 use driftlock_engine::detector::{LearningPlan, PlanError, Settings};
 use serde::Deserialize;
 
+use crate::action::{RuleText, Rules};
 use crate::baselines::Supply;
 use crate::baselines::outbox::PostTo;
 use crate::baselines::pull::PullFrom;
@@ -48,6 +49,29 @@ pub struct Config {
     pub uninspectable: Uninspectable,
     /// Where verdicts go.
     pub report: Report,
+    /// What is done with which stream's messages.
+    pub actions: Rules,
+    /// What may be held until it is judged.
+    pub hold: HoldLimits,
+}
+
+/// What may be held until it is judged, where an action needs that.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct HoldLimits {
+    /// Headers wait with the body, so that a refusal has a status and verdicts can be headers. Only for a proxy
+    /// that gives a filter the body meanwhile: in Envoy, `allow_on_headers_stop_iteration: true`.
+    pub headers: bool,
+    /// A longer message is let go unjudged; keep it under the proxy's own buffer limit (1 MiB in Envoy).
+    pub max_bytes: u64,
+    /// Held headers whose body does not begin to come are let go after so long.
+    pub deadline_ms: u32,
+}
+
+impl Default for HoldLimits {
+    fn default() -> Self {
+        Self { headers: false, max_bytes: 768 << 10, deadline_ms: 1000 }
+    }
 }
 
 /// What becomes of a message that cannot be inspected.
@@ -66,8 +90,6 @@ pub enum Uninspectable {
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Report {
-    /// `x-driftlock-request` on the response: the request's verdict.
-    pub response_headers: bool,
     /// Filter state `wasm.driftlock.*` for the access log.
     pub filter_state: bool,
     /// Which verdicts make a log line.
@@ -76,7 +98,7 @@ pub struct Report {
 
 impl Default for Report {
     fn default() -> Self {
-        Self { response_headers: true, filter_state: true, log: LogPolicy::Flagged }
+        Self { filter_state: true, log: LogPolicy::Flagged }
     }
 }
 
@@ -199,6 +221,8 @@ struct Document<'a> {
     limits: Limits,
     uninspectable: Uninspectable,
     report: Report,
+    actions: Vec<RuleText>,
+    hold: HoldLimits,
 }
 
 #[derive(Deserialize)]
@@ -309,6 +333,8 @@ impl Default for Document<'_> {
             limits: Limits::default(),
             uninspectable: Uninspectable::default(),
             report: Report::default(),
+            actions: Vec::new(),
+            hold: HoldLimits::default(),
         }
     }
 }
@@ -455,6 +481,8 @@ impl Document<'_> {
             ("limits.max_ngrams", limits.max_ngrams as u64, 1024),
             ("limits.max_table_bytes", limits.max_table_bytes as u64, 32 << 10),
             ("limits.max_learned_unit_bytes", limits.max_learned_unit_bytes as u64, 64),
+            ("hold.max_bytes", self.hold.max_bytes, 1024),
+            ("hold.deadline_ms", u64::from(self.hold.deadline_ms), 10),
         ] {
             at_least(field, value, least)?;
         }
@@ -482,6 +510,8 @@ impl Document<'_> {
             pull: self.pull.map(PullText::check).transpose()?,
             observations: self.observations.map(PostText::check).transpose()?,
         };
+        let actions =
+            Rules::parse(self.actions).map_err(|(path, reason)| ConfigError::Field { path, reason })?;
         let exclusions = Exclusions::new(self.exclude)
             .map_err(|(index, error)| ConfigError::Exclusion { index, error })?;
         Ok(Config {
@@ -505,6 +535,8 @@ impl Document<'_> {
             exclusions,
             uninspectable: self.uninspectable,
             report: self.report,
+            actions,
+            hold: self.hold,
         })
     }
 }
@@ -536,7 +568,9 @@ mod tests {
                                   "max_batch_bytes": 4096, "max_pending_bytes": 8192},
                  "limits": {"max_decoded_ratio": 10, "max_decoder_bytes": 65536, "max_body_bytes": 2048, "max_streams": 2, "max_ngrams": 4096, "max_table_bytes": 65536,
                             "max_learned_unit_bytes": 100},
-                 "report": {"response_headers": false, "filter_state": false, "log": "always"}}"#,
+                 "report": {"filter_state": false, "log": "always"},
+                 "actions": [{"stream": "*", "do": ["observe"]}],
+                 "hold": {"headers": true, "max_bytes": 4096, "deadline_ms": 50}}"#,
         )
         .unwrap();
         assert_eq!((config.name.as_str(), config.settings.alpha_ppm), ("edge", 10_000));
@@ -568,8 +602,10 @@ mod tests {
             (4096, 65536, 100)
         );
         assert_eq!(config.uninspectable, Uninspectable::Refuse);
-        let report = Report { response_headers: false, filter_state: false, log: LogPolicy::Always };
+        let report = Report { filter_state: false, log: LogPolicy::Always };
         assert_eq!(config.report, report);
+        assert!(!config.actions.plan("edge/request/json").tag);
+        assert_eq!(config.hold, HoldLimits { headers: true, max_bytes: 4096, deadline_ms: 50 });
     }
 
     #[test]
@@ -599,6 +635,9 @@ mod tests {
             (r#"{"exclude": [{"path": "/a"}, {}]}"#, ["exclude[1]", "names nothing"]),
             (r#"{"exclude": [{"paht": "/a"}]}"#, ["exclude[0].paht", "unknown field"]),
             (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),
+            (r#"{"actions": [{"stream": "*", "do": ["block"], "status": 1}]}"#, ["actions[0].status", "400"]),
+            (r#"{"actions": [{"stream": "*", "do": ["hide"]}]}"#, ["actions[0].do[0]", "`block`"]),
+            (r#"{"hold": {"max_bytes": 5}}"#, ["hold.max_bytes", "1024"]),
             (r#"[]"#, ["at the top", "invalid"]),
             (r#"{} {}"#, ["the end", "trailing"]),
             (r#"{"": 1}"#, ["at the top", "unknown field ``"]),

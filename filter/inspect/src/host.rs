@@ -3,11 +3,14 @@
 //! What: [`Host`] is implemented by the filter over proxy-wasm host calls and by the replay in memory.
 //! Every call that can fail returns a [`HostError`]; the session counts it and goes on.
 //!
-//! Left out on purpose: body bytes, which the caller hands over, and time, which nothing here needs.
+//! Left out on purpose: body bytes, which the caller hands over.
 
 use alloc::vec::Vec;
 
 use driftlock_engine::evidence::Verdict;
+
+pub use crate::metrics::{GAUGE_NAMES, Gauge, HISTOGRAM_NAMES, Histogram, METRIC_NAMES, Metric};
+pub use crate::refusal::Reply;
 
 /// Which message of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,78 +47,6 @@ pub enum Level {
     Error,
 }
 
-/// The counters. Fixed: metrics in Envoy never expire, so no name comes from traffic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(usize)]
-#[allow(missing_docs, reason = "each is what its name in METRIC_NAMES says")]
-pub enum Metric {
-    RequestNormal,
-    RequestWarmingUp,
-    RequestNotInspected,
-    RequestAnomalous,
-    ResponseNormal,
-    ResponseWarmingUp,
-    ResponseNotInspected,
-    ResponseAnomalous,
-    NotInspectedEncoding,
-    NotInspectedContentType,
-    NotInspectedSize,
-    NotInspectedMalformed,
-    NotInspectedCutShort,
-    NotInspectedDisabled,
-    NotInspectedWebsocket,
-    NotInspectedNoBaseline,
-    Refused,
-    BytesInspected,
-    BytesSkipped,
-    BaselinesShared,
-    BaselinesAdopted,
-    BaselinesPulled,
-    BaselinePullFailures,
-    ObservationsSent,
-    ObservationsDropped,
-    ErrorBaseline,
-    HostCallErrors,
-}
-
-/// Names of the counters, by [`Metric`].
-pub const METRIC_NAMES: [&str; 27] = [
-    "driftlock.messages.request.normal",
-    "driftlock.messages.request.warming_up",
-    "driftlock.messages.request.not_inspected",
-    "driftlock.messages.request.anomalous",
-    "driftlock.messages.response.normal",
-    "driftlock.messages.response.warming_up",
-    "driftlock.messages.response.not_inspected",
-    "driftlock.messages.response.anomalous",
-    "driftlock.not_inspected.encoding",
-    "driftlock.not_inspected.content_type",
-    "driftlock.not_inspected.size",
-    "driftlock.not_inspected.malformed",
-    "driftlock.not_inspected.cut_short",
-    "driftlock.not_inspected.disabled",
-    "driftlock.not_inspected.websocket",
-    "driftlock.not_inspected.no_baseline",
-    "driftlock.refused",
-    "driftlock.bytes.inspected",
-    "driftlock.bytes.skipped",
-    "driftlock.baselines.shared",
-    "driftlock.baselines.adopted",
-    "driftlock.baselines.pulled",
-    "driftlock.baselines.pull_failures",
-    "driftlock.observations.sent",
-    "driftlock.observations.dropped",
-    "driftlock.errors.baseline",
-    "driftlock.errors.host_call",
-];
-
-impl Metric {
-    /// The counter's name.
-    pub fn name(self) -> &'static str {
-        METRIC_NAMES.get(self as usize).copied().unwrap_or("driftlock.errors.host_call")
-    }
-}
-
 /// The proxy, as one exchange sees it.
 pub trait Host {
     /// First value of a header of the message, `None` if it has none. Pseudo-headers count as headers.
@@ -124,17 +55,31 @@ pub trait Host {
     /// [`HostError`] if the proxy cannot tell.
     fn header(&self, direction: Direction, name: &str) -> Result<Option<Vec<u8>>, HostError>;
 
-    /// Sets a header of the response, while its headers are open.
+    /// Sets a header of the message, while its headers are open.
     ///
     /// # Errors
     /// [`HostError`] if they are not.
-    fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError>;
+    fn set_header(&mut self, direction: Direction, name: &str, value: &str) -> Result<(), HostError>;
 
-    /// Removes a header of the response, while its headers are open; one that is not there is no error.
+    /// Removes a header of the message, while its headers are open; one that is not there is no error.
     ///
     /// # Errors
     /// [`HostError`] if they are not.
-    fn remove_response_header(&mut self, name: &str) -> Result<(), HostError>;
+    fn remove_header(&mut self, direction: Direction, name: &str) -> Result<(), HostError>;
+
+    /// Sets a trailer of the response, in its last callback, where the client's protocol has trailers.
+    /// One that has none is no error.
+    ///
+    /// # Errors
+    /// [`HostError`] if the proxy refuses.
+    fn set_response_trailer(&mut self, name: &str, value: &str) -> Result<(), HostError>;
+
+    /// Puts `bytes` in the place of all that the proxy has of the message's body in this callback: the
+    /// bytes just handed over and those that it holds.
+    ///
+    /// # Errors
+    /// [`HostError`] if the proxy refuses; it then has what it had.
+    fn set_body(&mut self, direction: Direction, bytes: &[u8]) -> Result<(), HostError>;
 
     /// Sets filter state `wasm.<key>` for the access log.
     ///
@@ -142,14 +87,24 @@ pub trait Host {
     /// [`HostError`] if the proxy has none.
     fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError>;
 
-    /// Answers in the upstream's place; the body is JSON.
+    /// Answers in the upstream's place. Once response headers have gone, it breaks the response off.
     ///
     /// # Errors
     /// [`HostError`] if it is too late.
-    fn respond(&mut self, status: u16, body: &str) -> Result<(), HostError>;
+    fn respond(&mut self, reply: &Reply) -> Result<(), HostError>;
+
+    /// The proxy's clock, for metrics and for nothing else: no verdict and no action may depend on it.
+    /// None where there is no time, as in a replay.
+    fn now_ns(&self) -> Option<u64>;
 
     /// Adds to a counter.
     fn count(&mut self, metric: Metric, by: u64);
+
+    /// Adds a value to a histogram.
+    fn record(&mut self, histogram: Histogram, value: u64);
+
+    /// Sets a gauge.
+    fn gauge(&mut self, gauge: Gauge, value: u64);
 
     /// Writes a log line.
     fn log(&mut self, level: Level, line: &str);

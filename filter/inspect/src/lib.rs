@@ -1,7 +1,7 @@
 //! Driftlock's inspection: HTTP messages to content units, units to verdicts, verdicts to the proxy.
 //!
 //! Everything the filter decides is here, behind the small [`host::Host`] trait, so that the same code
-//! runs in Envoy, in the gateway and in a native replay. `no_std` + `alloc`, no panics, no clock.
+//! runs in Envoy, in the gateway and in a native replay. `no_std` + `alloc`, no panics; a clock for metrics only.
 //!
 //! [`config`] says what to do, [`session`] follows one exchange, [`content`] turns bodies into units
 //! (by way of `json`, `sse`, `frames` and `envelope`), the engine judges them.
@@ -16,6 +16,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod action;
 pub mod baselines;
 pub mod config;
 pub mod content;
@@ -25,5 +26,8 @@ pub mod exclude;
 mod frames;
 pub mod host;
 mod json;
+mod metrics;
+mod refusal;
+mod rewrite;
 pub mod session;
 mod sse;

@@ -4,11 +4,12 @@
 //! a failed call is counted. Verdicts are read from the log lines as well as from filter state, so a test
 //! can see them where one of the two fails.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use driftlock_inspect::config::Config;
-use driftlock_inspect::host::{Direction, Host, HostError, Level, METRIC_NAMES, Metric};
+use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{Exchange, Plugin, REQUEST_VERDICT_HEADER, Step, filter_state};
 use serde_json::{Value, json};
 use std::sync::OnceLock;
@@ -23,11 +24,10 @@ struct Failing {
     respond: bool,
     request_body: bool,
     response_body: bool,
+    set_body: bool,
 }
 
 impl Failing {
-    const KINDS: u8 = 7;
-
     /// Each bit of `bits` is one kind of call.
     fn of(bits: u8) -> Self {
         let bit = |place: u8| bits >> place & 1 == 1;
@@ -39,6 +39,7 @@ impl Failing {
             respond: bit(4),
             request_body: bit(5),
             response_body: bit(6),
+            set_body: bit(7),
         }
     }
 }
@@ -52,6 +53,11 @@ struct Scripted {
     removed_headers: Vec<String>,
     state: BTreeMap<String, String>,
     replies: Vec<(u16, String)>,
+    trailers: Vec<(String, String)>,
+    bodies: Vec<(Direction, Vec<u8>)>,
+    now_ns: Option<Cell<u64>>,
+    recorded: BTreeMap<Histogram, Vec<u64>>,
+    gauges: BTreeMap<Gauge, u64>,
     counted: BTreeMap<Metric, u64>,
     lines: Vec<(Level, String)>,
     failed_calls: u64,
@@ -87,9 +93,9 @@ impl Scripted {
     }
 
     fn verdict(&self, direction: &str) -> Option<Value> {
-        let prefix = format!("driftlock {direction} ");
-        let mut lines = self.lines.iter().filter_map(|(_, line)| line.strip_prefix(&prefix));
-        let verdict = lines.next().map(|json| serde_json::from_str(json).unwrap());
+        let lines = self.lines.iter().filter_map(|(_, line)| serde_json::from_str::<Value>(line).ok());
+        let mut lines = lines.filter(|line| line["driftlock"] == direction);
+        let verdict = lines.next().map(|mut line| line["verdict"].take());
         assert!(lines.next().is_none(), "one verdict a message");
         verdict
     }
@@ -107,7 +113,7 @@ impl Host for Scripted {
         Ok(headers.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone()))
     }
 
-    fn set_response_header(&mut self, name: &str, value: &str) -> Result<(), HostError> {
+    fn set_header(&mut self, _: Direction, name: &str, value: &str) -> Result<(), HostError> {
         if self.failing.set_header {
             self.failed_calls += 1;
             return Err(REFUSED);
@@ -116,7 +122,7 @@ impl Host for Scripted {
         Ok(())
     }
 
-    fn remove_response_header(&mut self, name: &str) -> Result<(), HostError> {
+    fn remove_header(&mut self, _: Direction, name: &str) -> Result<(), HostError> {
         if self.failing.set_header {
             self.failed_calls += 1;
             return Err(REFUSED);
@@ -134,13 +140,43 @@ impl Host for Scripted {
         Ok(())
     }
 
-    fn respond(&mut self, status: u16, body: &str) -> Result<(), HostError> {
+    fn set_response_trailer(&mut self, name: &str, value: &str) -> Result<(), HostError> {
+        self.trailers.push((name.to_owned(), value.to_owned()));
+        Ok(())
+    }
+
+    fn set_body(&mut self, direction: Direction, bytes: &[u8]) -> Result<(), HostError> {
+        if self.failing.set_body {
+            self.failed_calls += 1;
+            return Err(REFUSED);
+        }
+        self.bodies.push((direction, bytes.to_vec()));
+        Ok(())
+    }
+
+    fn respond(&mut self, reply: &Reply) -> Result<(), HostError> {
         if self.failing.respond {
             self.failed_calls += 1;
             return Err(REFUSED);
         }
-        self.replies.push((status, body.to_owned()));
+        self.replies.push((reply.status, reply.body.clone()));
         Ok(())
+    }
+
+    fn now_ns(&self) -> Option<u64> {
+        self.now_ns.as_ref().map(|now| {
+            let next = now.get() + 1_500_000;
+            now.set(next);
+            next
+        })
+    }
+
+    fn record(&mut self, histogram: Histogram, value: u64) {
+        self.recorded.entry(histogram).or_default().push(value);
+    }
+
+    fn gauge(&mut self, gauge: Gauge, value: u64) {
+        self.gauges.insert(gauge, value);
     }
 
     fn count(&mut self, metric: Metric, by: u64) {
@@ -249,7 +285,7 @@ fn a_normal_exchange_is_normal_both_ways() {
 /// Every combination of failing host calls, passing and refusing.
 #[test]
 fn whatever_the_proxy_refuses_no_error_is_normal_and_each_is_counted() {
-    for (bits, policy) in (0..1 << Failing::KINDS).flat_map(|bits| [(bits, "pass"), (bits, "refuse")]) {
+    for (bits, policy) in (0..=u8::MAX).flat_map(|bits| [(bits, "pass"), (bits, "refuse")]) {
         let mut plugin = configured(json!({"uninspectable": policy}));
         let failing = Failing::of(bits);
         let mut host = Scripted { failing, ..Scripted::chat() };
@@ -373,8 +409,13 @@ fn a_refused_request_is_answered_once_with_the_status_that_fits() {
             let (given, body) = &host.replies[0];
             assert_eq!(*given, status, "{reason}");
             let body: Value = serde_json::from_str(body).unwrap();
-            assert_eq!(body["error"]["code"], reason);
-            assert!(body["error"]["message"].as_str().unwrap().contains("request could not be inspected"));
+            // An API's own error, or a problem (RFC 9457) where the path is no API's.
+            let (code, message) = match body.get("error") {
+                Some(error) => (&error["code"], &error["message"]),
+                None => (&body["code"], &body["detail"]),
+            };
+            assert_eq!(code, reason);
+            assert!(message.as_str().unwrap().contains("request could not be inspected"));
             // From the answer on, the request's bytes go nowhere; then the answer itself passes.
             let answered = steps.iter().position(|step| *step == Step::Answered).unwrap();
             let (answer, rest) = steps[answered..].split_at(steps.len() - answered - 2);
@@ -491,19 +532,14 @@ fn the_response_header_is_written_once_and_says_the_requests_verdict() {
             verdict["unit"].as_str().unwrap()
         )
     );
-    assert_eq!(host.state[filter_state::REQUEST], verdict_line(&host, "request"));
+    assert_eq!(serde_json::from_str::<Value>(&host.state[filter_state::REQUEST]).unwrap(), verdict);
 
     let mut host = Scripted::chat();
-    let quiet = json!({"report": {"response_headers": false, "filter_state": false, "log": "always"}});
+    let quiet = json!({"actions": [{"stream": "*", "do": ["observe"]}],
+                       "report": {"filter_state": false, "log": "always"}});
     pass(&mut configured(quiet), &mut host, &question(9), &answer(9));
     assert!(host.set_headers.is_empty() && host.state.is_empty());
     assert_eq!(host.lines.len(), 2);
-}
-
-/// The verdict's JSON as it was logged.
-fn verdict_line(host: &Scripted, direction: &str) -> String {
-    let prefix = format!("driftlock {direction} ");
-    host.lines.iter().find_map(|(_, line)| line.strip_prefix(&prefix)).unwrap().to_owned()
 }
 
 #[test]
@@ -597,15 +633,6 @@ fn callbacks_that_come_in_no_order_are_harmless() {
     assert_eq!(exchange.response_trailers(&mut plugin, &mut host), Step::Forward);
     exchange.done(&mut plugin, &mut host);
     assert!(host.counted.is_empty() && host.lines.is_empty() && host.state.is_empty());
-}
-
-#[test]
-fn every_metric_has_a_name_of_its_own() {
-    let names: std::collections::BTreeSet<_> = METRIC_NAMES.iter().collect();
-    assert_eq!(names.len(), METRIC_NAMES.len());
-    assert_eq!(Metric::HostCallErrors as usize, METRIC_NAMES.len() - 1);
-    assert_eq!(Metric::HostCallErrors.name(), "driftlock.errors.host_call");
-    assert_eq!(Metric::NotInspectedCutShort.name(), "driftlock.not_inspected.cut_short");
 }
 
 /// A stream that nobody trained is no way around a route that fails closed.
@@ -876,4 +903,205 @@ fn pass_bytes_of_a_socket(plugin: &mut Plugin, host: &mut Scripted) -> Vec<Step>
     }
     exchange.done(plugin, host);
     steps
+}
+
+fn acting(actions: Value, fields: Value) -> Plugin {
+    let mut all = json!({"actions": actions});
+    for (name, value) in fields.as_object().unwrap() {
+        all[name] = value.clone();
+    }
+    configured(all)
+}
+
+const ODD_ANSWER: &str = r#"{"choices":[{"index":0,"message":{"role":"assistant","content":"x'); DROP TABLE orders; -- \u00ff{} $(rm -rf /) <script>"},"finish_reason":"stop"}]}"#;
+
+#[test]
+fn a_blocked_request_is_held_and_answered_in_its_apis_words_and_a_shadow_only_counts() {
+    let block = json!([{"stream": "*/request/*", "do": ["block"], "status": 451}]);
+    let mut host = Scripted::chat();
+    let steps = pass(&mut acting(block, json!({})), &mut host, ODD, &answer(1));
+    let (held, rest) =
+        steps[1..].split_at(steps.iter().position(|step| *step == Step::Answered).unwrap() - 1);
+    assert!(steps[0] == Step::Forward && held.iter().all(|step| *step == Step::Hold), "{steps:?}");
+    assert_eq!(rest[0], Step::Answered);
+    let (status, body) = &host.replies[0];
+    let body: Value = serde_json::from_str(body).unwrap();
+    assert_eq!((*status, &body["error"]["code"]), (451, &json!("anomalous")));
+    assert_eq!(host.count_of(Metric::BlockedRequest), 1);
+    assert_eq!(host.state[filter_state::ACTION], "request=block");
+    assert_eq!(host.verdict("request").unwrap()["outcome"], "anomalous");
+
+    let shadow = json!([{"stream": "*", "do": ["block", "redact"], "mode": "shadow"}]);
+    let mut host = Scripted::chat();
+    let with_mail = ODD.replace("orders", "orders joe@example.com ");
+    let steps = pass(&mut acting(shadow, json!({})), &mut host, &with_mail, &answer(1));
+    assert!(steps.iter().all(|step| *step == Step::Forward), "{steps:?}");
+    assert!(host.replies.is_empty() && host.bodies.is_empty() && host.removed_headers.len() == 1);
+    assert_eq!(host.count_of(Metric::ShadowBlockedRequest), 1);
+    assert_eq!(host.count_of(Metric::ShadowRedactedRequest), 1);
+    assert_eq!(host.state[filter_state::ACTION], "request=shadow_block shadow_redact;tokens=1");
+
+    let normal = json!([{"stream": "*", "do": ["block"]}]);
+    let mut host = Scripted::chat();
+    let steps = pass(&mut acting(normal, json!({})), &mut host, &question(8), &answer(8));
+    assert!(host.replies.is_empty() && host.bodies.is_empty() && !steps.contains(&Step::Answered));
+}
+
+#[test]
+fn a_blocked_answer_is_a_stopped_one_or_with_headers_held_an_error() {
+    let block = json!([{"stream": "*/response/*", "do": ["tag", "block"]}]);
+    let mut host = Scripted::chat();
+    let steps = pass(&mut acting(block.clone(), json!({})), &mut host, &question(1), ODD_ANSWER);
+    assert!(steps.contains(&Step::Hold) && steps.last() == Some(&Step::Forward), "{steps:?}");
+    let [(Direction::Response, body)] = host.bodies.as_slice() else { panic!("{host:?}") };
+    let body: Value = serde_json::from_slice(body).unwrap();
+    assert_eq!(body["choices"][0]["finish_reason"], "content_filter");
+    assert!(host.removed_headers.contains(&"content-length".to_owned()) && host.replies.is_empty());
+    assert_eq!(host.count_of(Metric::BlockedResponse), 1);
+
+    let mut host = Scripted::chat();
+    let held = json!({"hold": {"headers": true}});
+    let steps = pass(&mut acting(block, held), &mut host, &question(1), ODD_ANSWER);
+    assert_eq!((steps.last(), host.replies[0].0), (Some(&Step::Answered), 403));
+    assert!(host.bodies.is_empty());
+}
+
+#[test]
+fn held_headers_carry_verdicts_and_the_length_of_what_was_redacted() {
+    let rules = json!([{"stream": "*", "do": ["tag", "redact"]}]);
+    let mut host = Scripted::chat();
+    host.request.push(("content-length", b"1".to_vec()));
+    let mail = question(3).replace("order", "joe@example.com order");
+    let steps = pass(&mut acting(rules, json!({"hold": {"headers": true}})), &mut host, &mail, &answer(3));
+    assert_eq!(steps[0], Step::Hold);
+    let (_, body) = &host.bodies[0];
+    let text = String::from_utf8(body.clone()).unwrap();
+    assert_eq!(text, mail.replace("joe@example.com", "[REDACTED:email]"));
+    assert!(host.set_headers.contains(&("content-length".to_owned(), text.len().to_string())));
+    for name in [REQUEST_VERDICT_HEADER, "x-driftlock-response"] {
+        assert!(host.set_headers.iter().any(|(known, _)| known == name), "{name}: {:?}", host.set_headers);
+    }
+    assert_eq!(host.count_of(Metric::RedactedTokens), 1);
+}
+
+#[test]
+fn a_message_too_long_to_hold_is_let_go_and_counted() {
+    let block = json!([{"stream": "*", "do": ["block"]}]);
+    let mut plugin = acting(block, json!({"hold": {"max_bytes": 1024}}));
+    let mut host = Scripted::chat();
+    let long = question(1).replace("Where is", &"Where is ".repeat(300));
+    let steps = pass(&mut plugin, &mut host, &long, &answer(1));
+    assert!(steps.contains(&Step::Hold) && steps.contains(&Step::Forward));
+    assert_eq!(host.count_of(Metric::ErrorHoldLimit), 1);
+}
+
+#[test]
+fn headers_held_in_vain_are_let_go_and_none_are_held_again() {
+    let rules = json!([{"stream": "*", "do": ["block"]}]);
+    let mut plugin = acting(rules, json!({"hold": {"headers": true}}));
+    let mut host = Scripted::chat();
+    let mut exchange = Exchange::default();
+    assert_eq!(exchange.request_headers(&mut plugin, &mut host, false), Step::Hold);
+    assert!(exchange.release_headers(&mut plugin, &mut host, Direction::Request));
+    assert!(!exchange.release_headers(&mut plugin, &mut host, Direction::Request));
+    assert_eq!(host.count_of(Metric::ErrorHoldDeadline), 1);
+    assert!(
+        host.lines.iter().any(|(level, line)| *level == Level::Error && line.contains("allow_on_headers"))
+    );
+    // The body is held all the same.
+    let (first, rest) = ODD.as_bytes().split_at(30);
+    assert_eq!(exchange.request_body(&mut plugin, &mut host, Ok(first), false), Step::Hold);
+    assert_eq!(exchange.request_body(&mut plugin, &mut host, Ok(rest), true), Step::Answered);
+    let mut next = Exchange::default();
+    assert_eq!(next.request_headers(&mut plugin, &mut host, false), Step::Forward);
+}
+
+fn streamed() -> Scripted {
+    let mut host = Scripted::chat();
+    host.response[1].1 = b"text/event-stream".to_vec();
+    host
+}
+
+fn events(words: &[&str]) -> String {
+    let event = |word: &&str| {
+        let delta = json!({"choices": [{"index": 0, "delta": {"content": word}}]});
+        format!("data: {delta}\n\n")
+    };
+    let usage = json!({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": words.len()}});
+    words.iter().map(event).collect::<String>() + &format!("data: {usage}\n\ndata: [DONE]\n\n")
+}
+
+fn usual_stream(i: u32) -> String {
+    let order = (i.wrapping_mul(2_654_435_761) >> 20).to_string();
+    events(&["Order ", &order, " is", " on", " its way", " to", " you", "."])
+}
+
+/// What the client gets of a streamed answer, and the last step.
+fn client_gets(plugin: &mut Plugin, host: &mut Scripted, body: &str, bytes: usize) -> (String, Step) {
+    let mut exchange = Exchange::default();
+    exchange.request_headers(plugin, host, false);
+    exchange.request_body(plugin, host, Ok(question(1).as_bytes()), true);
+    exchange.response_headers(plugin, host, false);
+    let (mut out, mut step) = (Vec::new(), Step::Forward);
+    let all: Vec<&[u8]> = body.as_bytes().chunks(bytes).collect();
+    for (i, piece) in all.iter().enumerate() {
+        host.bodies.clear();
+        step = exchange.response_body(plugin, host, Ok(piece), i + 1 == all.len());
+        match host.bodies.last() {
+            Some((_, body)) => out.extend_from_slice(body),
+            None => out.extend_from_slice(piece),
+        }
+    }
+    exchange.done(plugin, host);
+    (String::from_utf8(out).unwrap(), step)
+}
+
+#[test]
+fn a_stream_that_stands_out_is_ended_between_events_and_the_rest_is_swallowed() {
+    let mut learning = plugin(json!({}));
+    for i in 0..LEARNED {
+        client_gets(&mut learning, &mut streamed(), &usual_stream(i), 4096);
+    }
+    let mut config = parsed(json!({"actions": [{"stream": "*/response/*", "do": ["block"]}]}));
+    config.snapshot = learning.detector().snapshot();
+    let mut plugin = Plugin::new(config);
+    let usual = usual_stream(777);
+    let odd = ["Order ", "x'); DROP", " TABLE orders", "; -- \u{ff}", "<script>", "$(rm -rf", " /)"];
+    let odd: Vec<&str> = odd.iter().copied().cycle().take(70).collect();
+    for bytes in [7, 64, 4096, usize::MAX] {
+        let (got, step) = client_gets(&mut plugin, &mut streamed(), &usual, bytes);
+        assert_eq!((got, step), (usual.clone(), Step::Forward));
+        let mut host = streamed();
+        let (got, _) = client_gets(&mut plugin, &mut host, &events(&odd), bytes);
+        assert!(host.replies.is_empty() && host.count_of(Metric::BlockedResponse) == 1, "{bytes}: {host:?}");
+        let (sent, error) = got.split_once("data: {\"error\":").unwrap_or_else(|| panic!("{bytes}: {got}"));
+        assert!(sent.is_empty() || sent.ends_with("\n\n"), "{bytes}: {sent}");
+        assert!(error.ends_with("data: [DONE]\n\n") && error.contains("anomalous"), "{bytes}: {error}");
+        assert_eq!(host.verdict("response").unwrap()["outcome"], "anomalous");
+    }
+}
+
+#[test]
+fn a_clock_gives_metrics_and_changes_no_verdict() {
+    let mut plugin = configured(json!({}));
+    let (mut timed, mut timeless) = (streamed(), streamed());
+    timed.now_ns = Some(Cell::new(1));
+    client_gets(&mut plugin, &mut timed, &usual_stream(1), 64);
+    client_gets(&mut plugin, &mut timeless, &usual_stream(1), 64);
+    assert_eq!(timed.verdict("request"), timeless.verdict("request"));
+    assert_eq!(timed.recorded[&Histogram::InputTokens], [7]);
+    assert_eq!(timed.recorded[&Histogram::OutputTokens], [8]);
+    assert_eq!(timeless.recorded[&Histogram::OutputTokens], [8]);
+    for histogram in [
+        Histogram::TimeToFirstToken,
+        Histogram::TimePerOutputToken,
+        Histogram::TokensPerSecond,
+        Histogram::RequestScoringTime,
+        Histogram::ResponseScoringTime,
+    ] {
+        assert!(timed.recorded[&histogram][0] > 0, "{histogram:?}");
+        assert!(!timeless.recorded.contains_key(&histogram), "{histogram:?}");
+    }
+    assert!(timed.gauges[&Gauge::Streams] >= 3 && timed.gauges.contains_key(&Gauge::BaselineAge));
+    assert!(timed.recorded.contains_key(&Histogram::RequestPValue));
 }

@@ -7,7 +7,7 @@
 //! Cost: that of the inspection; headers and bodies are not copied.
 
 use driftlock_engine::evidence::Verdict;
-use driftlock_inspect::host::{Direction, Host, HostError, Level, Metric};
+use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{self, Plugin, Step, filter_state};
 
 use super::cuts::Cuts;
@@ -44,11 +44,19 @@ impl Host for Memory<'_> {
         Ok(value.map(|value| value.as_bytes().to_vec()))
     }
 
-    fn set_response_header(&mut self, _name: &str, _value: &str) -> Result<(), HostError> {
+    fn set_header(&mut self, _of: Direction, _name: &str, _value: &str) -> Result<(), HostError> {
         Ok(())
     }
 
-    fn remove_response_header(&mut self, _name: &str) -> Result<(), HostError> {
+    fn remove_header(&mut self, _of: Direction, _name: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn set_response_trailer(&mut self, _name: &str, _value: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn set_body(&mut self, _of: Direction, _bytes: &[u8]) -> Result<(), HostError> {
         Ok(())
     }
 
@@ -61,11 +69,19 @@ impl Host for Memory<'_> {
         Ok(())
     }
 
-    fn respond(&mut self, _status: u16, _body: &str) -> Result<(), HostError> {
+    fn respond(&mut self, _reply: &Reply) -> Result<(), HostError> {
         Ok(())
     }
 
+    fn now_ns(&self) -> Option<u64> {
+        None
+    }
+
     fn count(&mut self, _metric: Metric, _by: u64) {}
+
+    fn record(&mut self, _histogram: Histogram, _value: u64) {}
+
+    fn gauge(&mut self, _gauge: Gauge, _value: u64) {}
 
     fn log(&mut self, _level: Level, _line: &str) {}
 

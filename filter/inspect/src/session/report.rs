@@ -1,0 +1,224 @@
+//! Where verdicts go: filter state, headers and trailers, one line of JSON, metrics of time and tokens.
+
+use alloc::borrow::ToOwned;
+use alloc::format;
+use alloc::string::String;
+
+use driftlock_engine::evidence::{Outcome, Verdict};
+use serde::Serialize;
+
+use super::{Exchange, Plugin, filter_state};
+use crate::config::LogPolicy;
+use crate::content::Summary;
+use crate::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric};
+
+/// What was done with a message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Taken {
+    /// Stopped: by a rule, or because it could not be inspected.
+    pub(super) stopped: Option<Stop>,
+    /// Tokens replaced.
+    pub(super) redacted: u64,
+    /// What is said was not done.
+    pub(super) shadow: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    Block,
+    Refuse,
+}
+
+impl Taken {
+    /// One word or two: `block`, `refuse`, `redact;tokens=3`, with `shadow_` before what was not done.
+    fn describe(self) -> Option<String> {
+        let shadow = if self.shadow { "shadow_" } else { "" };
+        let stop = match self.stopped {
+            Some(Stop::Block) => Some(format!("{shadow}block")),
+            Some(Stop::Refuse) => Some("refuse".to_owned()),
+            None => None,
+        };
+        let redact = (self.redacted > 0).then(|| format!("{shadow}redact;tokens={}", self.redacted));
+        match (stop, redact) {
+            (Some(stop), Some(redact)) => Some(format!("{stop} {redact}")),
+            (stop, redact) => stop.or(redact),
+        }
+    }
+}
+
+/// The log line.
+#[derive(Serialize)]
+struct Line<'a> {
+    driftlock: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    action: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finish_reason: Option<&'a str>,
+    verdict: &'a Verdict,
+}
+
+impl Exchange {
+    pub(super) fn publish(
+        &mut self,
+        plugin: &mut Plugin,
+        host: &mut impl Host,
+        direction: Direction,
+        verdict: &Verdict,
+        taken: Taken,
+        summary: Option<&Summary>,
+    ) {
+        self.worst = self.worst.max(Some(verdict.outcome));
+        host.judged(direction, verdict);
+        let action = taken.describe();
+        // What the operator excluded is no news.
+        let disabled = verdict.reason.as_deref() == Some(super::DISABLED);
+        let observed = plugin.keeper.outbox().filter(|_| !disabled);
+        if observed.is_some() || plugin.report.filter_state {
+            match serde_json::to_string(verdict) {
+                Ok(json) => {
+                    if let Some(outbox) = observed {
+                        outbox.push(direction.as_str(), &json);
+                    }
+                    let key = match direction {
+                        Direction::Request => filter_state::REQUEST,
+                        Direction::Response => filter_state::RESPONSE,
+                    };
+                    if plugin.report.filter_state {
+                        tell(host, |host| host.set_filter_state(key, &json));
+                    }
+                }
+                Err(error) => unwritable(host, &error),
+            }
+        }
+        if plugin.report.filter_state {
+            let outcome = self.worst.map_or("", Outcome::as_str);
+            tell(host, |host| host.set_filter_state(filter_state::OUTCOME, outcome));
+            if let Some(action) = &action {
+                let separator = if self.actions.is_empty() { "" } else { ", " };
+                self.actions += &format!("{separator}{}={action}", direction.as_str());
+                let actions = &self.actions;
+                tell(host, |host| host.set_filter_state(filter_state::ACTION, actions));
+            }
+        }
+        let flagged = matches!(verdict.outcome, Outcome::Anomalous | Outcome::NotInspected) && !disabled;
+        let logged = match plugin.report.log {
+            LogPolicy::Never => false,
+            LogPolicy::Flagged => flagged || action.is_some(),
+            LogPolicy::Always => true,
+        };
+        if logged {
+            let line = Line {
+                driftlock: direction.as_str(),
+                action: action.as_deref(),
+                model: summary.and_then(|summary| summary.model.as_ref()).map(|model| model.as_str()),
+                finish_reason: summary
+                    .and_then(|summary| summary.finish_reason.as_ref())
+                    .map(|reason| reason.as_str()),
+                verdict,
+            };
+            let warn = verdict.outcome == Outcome::Anomalous || taken.stopped.is_some();
+            match serde_json::to_string(&line) {
+                Ok(json) => host.log(if warn { Level::Warn } else { Level::Info }, &json),
+                Err(error) => unwritable(host, &error),
+            }
+        }
+    }
+}
+
+fn unwritable(host: &mut impl Host, error: &serde_json::Error) {
+    host.log(Level::Error, &format!("driftlock: the verdict does not serialise: {error}"));
+}
+
+/// Makes a host call whose failure must not stop the exchange. Says whether it went well.
+pub(super) fn tell<H: Host>(host: &mut H, call: impl FnOnce(&mut H) -> Result<(), HostError>) -> bool {
+    let told = call(host).is_ok();
+    if !told {
+        host.count(Metric::HostCallErrors, 1);
+    }
+    told
+}
+
+/// When what happened, by the proxy's clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Times {
+    pub(super) request_began_ns: Option<u64>,
+}
+
+/// Metrics of an answer: tokens as the provider counted them, and how fast they came.
+pub(super) fn record_answer(
+    host: &mut impl Host,
+    summary: &Summary,
+    times: Times,
+    first_token_ns: Option<u64>,
+    streamed: bool,
+) {
+    if let Some(tokens) = summary.usage.input_tokens {
+        host.record(Histogram::InputTokens, tokens);
+    }
+    if let Some(tokens) = summary.usage.output_tokens {
+        host.record(Histogram::OutputTokens, tokens);
+    }
+    // An answer in one piece says nothing about when its words were made.
+    let (Some(first), true) = (first_token_ns, streamed) else { return };
+    if let Some(began) = times.request_began_ns {
+        host.record(Histogram::TimeToFirstToken, first.saturating_sub(began) / 1_000_000);
+    }
+    let later = summary.usage.output_tokens.unwrap_or(0).saturating_sub(1);
+    let took_ns = host.now_ns().map_or(0, |now| now.saturating_sub(first));
+    if let Some(each_ns) = took_ns.checked_div(later).filter(|each| *each > 0) {
+        host.record(Histogram::TimePerOutputToken, each_ns / 1000);
+        host.record(Histogram::TokensPerSecond, 1_000_000_000 / each_ns);
+    }
+}
+
+/// Gauges are written once a second at most.
+const GAUGE_PERIOD_NS: u64 = 1_000_000_000;
+
+/// What the gauges were last set to.
+#[derive(Debug, Default)]
+pub(super) struct Gauges {
+    written_ns: u64,
+    frozen: usize,
+    frozen_since_ns: u64,
+}
+
+impl Gauges {
+    pub(super) fn write(&mut self, detector: &driftlock_engine::detector::Detector, host: &mut impl Host) {
+        let Some(now) = host.now_ns() else { return };
+        if self.written_ns != 0 && now.saturating_sub(self.written_ns) < GAUGE_PERIOD_NS {
+            return;
+        }
+        self.written_ns = now;
+        let frozen = detector.frozen();
+        if frozen != self.frozen {
+            self.frozen = frozen;
+            self.frozen_since_ns = now;
+        }
+        host.gauge(Gauge::Streams, detector.streams() as u64);
+        if frozen > 0 {
+            host.gauge(Gauge::BaselineAge, now.saturating_sub(self.frozen_since_ns) / 1_000_000_000);
+        }
+    }
+}
+
+/// The verdict as a structured field item (RFC 9651 section 3.3): a token with parameters.
+pub(super) fn structured_field(verdict: &Verdict) -> String {
+    let mut value = verdict.outcome.as_str().to_owned();
+    if let Some([rank, of]) = verdict.p_fraction {
+        value += &format!(";p=\"{rank}/{of}\"");
+    }
+    if let Some(unit) = verdict.unit {
+        value += &format!(";unit={unit}");
+    }
+    if let Some(reason) = &verdict.reason {
+        // Reasons are plain words, digits and `:/_` by construction.
+        value += &format!(";reason=\"{reason}\"");
+    }
+    value += &format!(";stream=\"{}\"", verdict.stream);
+    if let Some(baseline) = &verdict.baseline {
+        value += &format!(";baseline=sha256:{}", baseline.get(..16).unwrap_or(baseline));
+    }
+    value
+}

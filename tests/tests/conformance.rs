@@ -1,0 +1,373 @@
+//! Every API, whole and streamed, plain and gzip, under every action, through a real Envoy.
+//!
+//! A row is an exchange of one API with a secret in its request and in its answer. What holds for all: the
+//! bodies that arrive are those that were sent, unless a rule redacts (then they are JSON without the secret) or
+//! the route refuses (then the answer is an error in the API's own shape).
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use driftlock_host::capture::{HttpRequest, HttpResponse};
+use driftlock_host::replay::upstream::{Delivery, Split};
+use driftlock_tests::proxy::{Observed, Proxy};
+use driftlock_tests::trained;
+use serde_json::{Value, json};
+
+const SECRET: &str = "sk-proj-abcDEF0123456789abcDEF0123456789";
+const MARKER: &str = "[REDACTED:api_key]";
+
+/// One API: how it asks, how it answers whole and in parts, and where its errors say `code` or a message.
+struct Api {
+    name: &'static str,
+    target: &'static str,
+    request: Value,
+    answer: Value,
+    /// Target, content-type and parts of a streamed answer; the secret is cut over two of them.
+    stream: Option<(&'static str, &'static str, Vec<Value>)>,
+    /// Pointer to the error's message.
+    error: &'static str,
+}
+
+fn halves() -> [&'static str; 4] {
+    ["The key ", "is sk-proj-abcDEF01", "23456789abcDEF0123456789", " and no other."]
+}
+
+fn parts(part: impl Fn(&str) -> Value) -> Vec<Value> {
+    halves().map(part).to_vec()
+}
+
+const EVENTS: &str = "text/event-stream";
+const LINES: &str = "application/x-ndjson";
+
+fn apis() -> Vec<Api> {
+    let said = format!("The key is {SECRET} and no other.");
+    let asked = format!("Is {SECRET} a good key?");
+    let messages = json!([{"role": "user", "content": asked}]);
+    vec![
+        Api {
+            name: "openai.chat",
+            target: "/v1/chat/completions",
+            request: json!({"model": "m", "messages": messages}),
+            answer: json!({"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]}),
+            stream: Some((
+                "/v1/chat/completions",
+                EVENTS,
+                parts(|text| json!({"choices": [{"index": 0, "delta": {"content": text}}]})),
+            )),
+            error: "/error/message",
+        },
+        Api {
+            name: "openai.responses",
+            target: "/v1/responses",
+            request: json!({"model": "m", "input": asked}),
+            answer: json!({"output": [{"type": "message", "content": [{"type": "output_text", "text": said}]}]}),
+            stream: Some((
+                "/v1/responses",
+                EVENTS,
+                parts(|text| json!({"type": "response.output_text.delta", "output_index": 0, "delta": text})),
+            )),
+            error: "/error/message",
+        },
+        Api {
+            name: "anthropic.messages",
+            target: "/v1/messages",
+            request: json!({"model": "m", "max_tokens": 5, "messages": messages}),
+            answer: json!({"type": "message", "role": "assistant", "content": [{"type": "text", "text": said}]}),
+            stream: Some((
+                "/v1/messages",
+                EVENTS,
+                parts(
+                    |text| json!({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}),
+                ),
+            )),
+            error: "/error/message",
+        },
+        Api {
+            name: "gemini",
+            target: "/v1beta/models/g:generateContent",
+            request: json!({"contents": [{"role": "user", "parts": [{"text": asked}]}]}),
+            answer: json!({"candidates": [{"content": {"role": "model", "parts": [{"text": said}]}}]}),
+            stream: Some((
+                "/v1beta/models/g:streamGenerateContent?alt=sse",
+                EVENTS,
+                parts(
+                    |text| json!({"candidates": [{"content": {"role": "model", "parts": [{"text": text}]}}]}),
+                ),
+            )),
+            error: "/error/message",
+        },
+        Api {
+            name: "bedrock.converse",
+            target: "/model/a/converse",
+            request: json!({"messages": [{"role": "user", "content": [{"text": asked}]}]}),
+            answer: json!({"output": {"message": {"role": "assistant", "content": [{"text": said}]}}, "stopReason": "end_turn"}),
+            stream: None,
+            error: "/message",
+        },
+        Api {
+            name: "cohere.chat",
+            target: "/v2/chat",
+            request: json!({"model": "m", "messages": messages}),
+            answer: json!({"id": "1", "message": {"role": "assistant", "content": [{"type": "text", "text": said}]}}),
+            stream: Some((
+                "/v2/chat",
+                EVENTS,
+                parts(
+                    |text| json!({"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": text}}}}),
+                ),
+            )),
+            error: "/message",
+        },
+        Api {
+            name: "ollama",
+            target: "/api/chat",
+            request: json!({"model": "m", "messages": messages}),
+            answer: json!({"model": "m", "message": {"role": "assistant", "content": said}, "done": true}),
+            stream: Some((
+                "/api/chat",
+                LINES,
+                parts(
+                    |text| json!({"model": "m", "message": {"role": "assistant", "content": text}, "done": false}),
+                ),
+            )),
+            error: "/error",
+        },
+        Api {
+            name: "jsonrpc",
+            target: "/mcp",
+            request: json!({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "t", "arguments": {"q": asked}}}),
+            answer: json!({"jsonrpc": "2.0", "id": 7, "result": {"content": [{"type": "text", "text": said}]}}),
+            stream: Some((
+                "/mcp",
+                EVENTS,
+                vec![
+                    json!({"jsonrpc": "2.0", "id": 7, "result": {"content": [{"type": "text", "text": said}]}}),
+                ],
+            )),
+            error: "/error/message",
+        },
+        Api {
+            name: "json",
+            target: "/notes",
+            request: json!({"note": asked}),
+            answer: json!({"note": said, "n": 1}),
+            stream: None,
+            error: "/detail",
+        },
+    ]
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Coding {
+    Identity,
+    Gzip,
+}
+
+fn coded(coding: Coding, headers: &mut Vec<(String, String)>, body: String) -> Vec<u8> {
+    if coding == Coding::Identity {
+        return body.into_bytes();
+    }
+    headers.push(("content-encoding".to_owned(), "gzip".to_owned()));
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(body.as_bytes()).unwrap();
+    gzip.finish().unwrap()
+}
+
+struct Row {
+    what: String,
+    request: HttpRequest,
+    response: HttpResponse,
+    delivery: Delivery,
+    streamed: bool,
+    error: &'static str,
+}
+
+fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for api in apis() {
+        for coding in [Coding::Identity, Coding::Gzip] {
+            for streamed in [false, true] {
+                let (target, content_type, answer) = match (&api.stream, streamed) {
+                    (_, false) => (api.target, "application/json", api.answer.to_string()),
+                    (Some((target, content_type, parts)), true) => {
+                        let part = |part: &Value| match *content_type {
+                            EVENTS => format!("event: e\ndata: {part}\n\n"),
+                            _ => format!("{part}\n"),
+                        };
+                        (*target, *content_type, parts.iter().map(part).collect())
+                    }
+                    (None, true) => continue,
+                };
+                let typed = |content_type: &str| vec![("content-type".to_owned(), content_type.to_owned())];
+                let (mut asks, mut answers) = (typed("application/json"), typed(content_type));
+                let request = coded(coding, &mut asks, api.request.to_string());
+                let response = coded(coding, &mut answers, answer);
+                rows.push(Row {
+                    what: format!("{} {coding:?} {}", api.name, if streamed { "streamed" } else { "whole" }),
+                    request: HttpRequest {
+                        method: "POST".to_owned(),
+                        target: target.to_owned(),
+                        headers: asks,
+                        body: request,
+                    },
+                    response: HttpResponse { status: 200, headers: answers, body: response },
+                    delivery: Delivery { split: Split::Every(60), chunked: streamed, ..Delivery::default() },
+                    streamed,
+                    error: api.error,
+                });
+            }
+        }
+    }
+    rows
+}
+
+async fn pass(proxy: &Proxy, row: &Row) -> Observed {
+    proxy.pass(&row.request, &row.response, row.delivery.clone(), None).await
+}
+
+fn unchanged(row: &Row, observed: &Observed, mode: &str) {
+    let what = format!("{}, {mode}", row.what);
+    assert_eq!(observed.answer.status, Some(200), "{what}");
+    assert!(
+        observed.answer.complete && observed.answer.body == row.response.body,
+        "{what}: the answer changed"
+    );
+    let received =
+        observed.received.as_ref().unwrap_or_else(|| panic!("{what}: nothing reached the upstream"));
+    assert!(received.body == row.request.body, "{what}: the request changed");
+}
+
+/// The documents of a body, each of which must be JSON.
+fn documents(what: &str, body: &[u8]) -> Vec<Value> {
+    let text = String::from_utf8(body.to_vec()).unwrap_or_else(|_| panic!("{what}: not UTF-8"));
+    let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|_| panic!("{what}: no JSON: {line}"));
+    if text.starts_with("event:") {
+        text.lines().filter_map(|line| line.strip_prefix("data: ")).map(parse).collect()
+    } else {
+        text.lines().map(parse).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_redacted_or_refused_arrives_as_it_was_sent() {
+    let learning = json!({"alpha": 0.01, "learn": {"messages": 400}});
+    let secrets = json!(["api_key"]);
+    for (mode, actions, told) in [
+        ("observe", json!([{"stream": "*", "do": ["observe"]}]), false),
+        ("tag", json!([{"stream": "*", "do": ["tag"]}]), true),
+        ("block that finds nothing", json!([{"stream": "*", "do": ["tag", "block"]}]), true),
+        (
+            "redact nothing",
+            json!([{"stream": "*", "do": ["redact"], "redact": ["iban"], "percent": 100}]),
+            false,
+        ),
+        (
+            "shadow",
+            json!([{"stream": "*", "do": ["tag", "redact", "block"], "redact": secrets, "mode": "shadow"}]),
+            false,
+        ),
+        ("not sampled", json!([{"stream": "none", "do": ["redact"], "percent": 0}]), true),
+    ] {
+        let mut configuration = learning.clone();
+        configuration["actions"] = actions;
+        let proxy = Proxy::envoy(configuration.to_string().as_bytes()).await;
+        for row in rows() {
+            // Redaction, and keeping a stream's parts whole, take a content coding off.
+            let recoded = mode == "redact nothing" || mode.starts_with("block") && row.streamed;
+            if recoded && row.what.contains("Gzip") {
+                continue;
+            }
+            let observed = pass(&proxy, &row).await;
+            unchanged(&row, &observed, mode);
+            let tags = observed.answer.all("x-driftlock-request");
+            assert_eq!(tags.len(), usize::from(told), "{}, {mode}: {tags:?}", row.what);
+        }
+        let counters = proxy.counters().await;
+        let shadowed = counters["driftlock.shadow_redacted.response"];
+        assert_eq!(shadowed > 0, mode == "shadow", "{mode}");
+        assert_eq!(counters["driftlock.redacted_tokens"], 0, "{mode}");
+        assert_eq!(counters["driftlock.errors.host_call"], 0, "{mode}: {counters:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_redacted_is_json_without_the_secret() {
+    for (mode, fields) in [
+        ("redact", json!({"actions": [{"stream": "*", "do": ["tag", "redact"]}]})),
+        ("redact and block", json!({"actions": [{"stream": "*", "do": ["redact", "block"]}]})),
+    ] {
+        let mut configuration = json!({"alpha": 0.01, "learn": {"messages": 400}});
+        for (name, value) in fields.as_object().unwrap() {
+            configuration[name] = value.clone();
+        }
+        let proxy = Proxy::envoy(configuration.to_string().as_bytes()).await;
+        let mut messages = 0;
+        for row in rows() {
+            let what = format!("{}, {mode}", row.what);
+            let observed = pass(&proxy, &row).await;
+            assert!(
+                observed.answer.complete && observed.answer.status == Some(200),
+                "{what}: {:?}",
+                observed.answer
+            );
+            let received =
+                observed.received.clone().unwrap_or_else(|| panic!("{what}: nothing reached the upstream"));
+            let answered = documents(&what, &observed.answer.body);
+            let asked = documents(&what, &received.body);
+            for (side, documents) in [("request", &asked), ("answer", &answered)] {
+                let text = documents.iter().map(Value::to_string).collect::<String>();
+                assert!(text.contains(MARKER), "{what}: no marker in the {side}: {text}");
+                assert!(!text.contains("23456789abcDEF"), "{what}: the secret is in the {side}: {text}");
+                assert!(text.contains("key"), "{what}: more than the secret is gone: {text}");
+            }
+            let expected = if row.streamed { row.delivery.chunked } else { true };
+            assert!(expected && observed.answer.all("content-encoding").is_empty(), "{what}");
+            let length = observed.answer.all("content-length");
+            assert!(
+                length.is_empty() || length == [observed.answer.body.len().to_string()],
+                "{what}: {length:?}"
+            );
+            messages += 1;
+        }
+        let counters = proxy.counters().await;
+        for name in ["driftlock.redacted.request", "driftlock.redacted.response"] {
+            assert_eq!(counters[name], messages, "{mode}: {name}");
+        }
+        assert_eq!(counters["driftlock.errors.host_call"], 0, "{mode}: {counters:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_is_an_error_of_the_api() {
+    // None of these streams is in the baseline.
+    let proxy = Proxy::envoy(&trained(json!({"uninspectable": "refuse", "name": "other", "baseline": null,
+        "pull": {"cluster": "none"}})))
+    .await;
+    for row in rows() {
+        let observed = pass(&proxy, &row).await;
+        let what = &row.what;
+        assert_eq!((observed.answer.status, observed.answer.complete), (Some(503), true), "{what}");
+        assert!(observed.received.is_none(), "{what}: the upstream was asked");
+        let body: Value = serde_json::from_slice(&observed.answer.body).expect("JSON");
+        let message = body.pointer(row.error).and_then(Value::as_str);
+        assert!(message.is_some_and(|message| message.contains("no_baseline")), "{what}: {body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_stream_is_not_held() {
+    let configuration = json!({"alpha": 0.01, "learn": {"messages": 400},
+        "actions": [{"stream": "*", "do": ["redact", "block"]}]});
+    let proxy = Proxy::envoy(configuration.to_string().as_bytes()).await;
+    let row = rows().into_iter().find(|row| row.what == "openai.chat Identity streamed").unwrap();
+    let delivery = Delivery {
+        split: Split::Events,
+        chunked: true,
+        pause: Duration::from_millis(300),
+        ..Delivery::default()
+    };
+    // The first part comes long before the last; a client that leaves after it has seen it.
+    let observed = proxy.pass(&row.request, &row.response, delivery, Some(20)).await;
+    assert!(observed.answer.text().contains("The key"), "{:?}", observed.answer);
+    assert!(!observed.answer.text().contains("no other"), "the whole answer was held");
+}
