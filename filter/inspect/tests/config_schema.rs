@@ -62,7 +62,11 @@ fn document(at: &[Step], value: Value, schema: &Value, root: &Value) -> Value {
         Some((Step::Field(name), rest)) => {
             let mut object = Map::new();
             for required in schema.get("required").and_then(Value::as_array).into_iter().flatten() {
-                let example = if required == "messages" { json!(1000) } else { json!("c") };
+                let example = match required.as_str() {
+                    Some("messages") => json!(1000),
+                    Some("do") => json!(["redact", "block"]),
+                    _ => json!("c"),
+                };
                 object.insert(required.as_str().unwrap().to_owned(), example);
             }
             object.insert(name.clone(), document(rest, value, &schema["properties"][name], root));
