@@ -68,6 +68,17 @@ pub fn envoy_binary() -> PathBuf {
     find_binary(None).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// A Python that has the clients and fakellm: the one that `DRIFTLOCK_CLIENTS` names, else that of `target/clients`.
+///
+/// # Panics
+/// If it is not there, naming the command that installs it.
+pub fn clients_python() -> PathBuf {
+    let path = std::env::var_os("DRIFTLOCK_CLIENTS")
+        .map_or_else(|| workspace().join("target/clients/bin/python3"), PathBuf::from);
+    assert!(path.is_file(), "no clients at {}: run `cargo xtask clients`", path.display());
+    path
+}
+
 /// Generated exchanges, anomalies among them.
 pub fn traffic(seed: u64, count: usize, anomalies: usize) -> Vec<Exchange> {
     synth::generate(&SynthOptions { seed, count, anomalies, ..SynthOptions::default() })

@@ -3,7 +3,6 @@
 //! `cargo xtask clients` installs them and says where; `cargo xtask test` does so by itself.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -11,19 +10,11 @@ use driftlock_host::capture::HttpResponse;
 use driftlock_host::gateway::{AccessRecord, Gateway};
 use driftlock_host::replay::upstream::{Delivery, Split, Upstream};
 use driftlock_tests::proxy::start_gateway;
-use driftlock_tests::workspace;
+use driftlock_tests::{clients_python, workspace};
 use serde_json::{Value, json};
 
-/// A Python that has the SDKs.
-fn python() -> PathBuf {
-    let python = std::env::var_os("DRIFTLOCK_CLIENTS")
-        .map_or_else(|| workspace().join("target/clients/bin/python3"), PathBuf::from);
-    assert!(python.is_file(), "no clients at {}: run `cargo xtask clients`", python.display());
-    python
-}
-
 async fn script(name: &str, arguments: &[&str]) -> String {
-    let mut command = Command::new(python());
+    let mut command = Command::new(clients_python());
     command.arg(workspace().join("tests/clients").join(name)).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output()).await.expect("no panic");
     let output = output.expect("Python runs");
@@ -92,7 +83,7 @@ impl Drop for Server {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_websocket_client_talks_through_the_gateway() {
-    let child = Command::new(python())
+    let child = Command::new(clients_python())
         .arg(workspace().join("tests/clients/websocket.py"))
         .arg("serve")
         .stdout(Stdio::piped())

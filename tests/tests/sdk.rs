@@ -1,26 +1,15 @@
 //! The `openai` and `anthropic` Python SDKs through a real Envoy with the filter to an upstream that speaks
 //! both APIs (`fakellm`): no client error, answers as the upstream's, and what the filter stops or redacts seen
-//! in the SDKs' own exceptions and values. What is asked and expected is in `sdk/clients.py`.
+//! in the SDKs' own exceptions and values. What is asked and expected is in `clients/sdks.py`.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use driftlock_host::envoy::{Envoy, EnvoyOptions};
-use driftlock_tests::{envoy_binary, filter, workspace};
+use driftlock_tests::{clients_python, envoy_binary, filter, workspace};
 use serde_json::{Value, json};
-
-/// The same variable as in `xtask/src/sdk.rs`.
-const PYTHON_VARIABLE: &str = "DRIFTLOCK_SDK_PYTHON";
-
-fn python() -> PathBuf {
-    let path = std::env::var_os(PYTHON_VARIABLE)
-        .map_or_else(|| workspace().join("target/sdk/bin/python3"), PathBuf::from);
-    assert!(path.is_file(), "there is no {}: run `cargo xtask sdk`", path.display());
-    path
-}
 
 /// fakellm on a free port, ended with the value.
 struct Upstream {
@@ -33,10 +22,10 @@ impl Upstream {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
-        let child = Command::new(python())
-            .args(["-c", "from fakellm.cli import main; main()", "serve", "--config", "upstream.yaml"])
+        let child = Command::new(clients_python())
+            .args(["-c", "from fakellm.cli import main; main()", "serve", "--config", "fakellm.yaml"])
             .args(["--port", &address.port().to_string()])
-            .current_dir(workspace().join("tests/sdk"))
+            .current_dir(workspace().join("tests/clients"))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -67,8 +56,8 @@ fn clients(mode: &str, upstream: &Upstream, fields: Value) {
     options.plugin_configuration = configuration.to_string().into_bytes();
     options.allow_on_headers_stop_iteration = mode == "hold";
     let envoy = Envoy::start(&options).unwrap_or_else(|error| panic!("{error}"));
-    let output = Command::new(python())
-        .arg(workspace().join("tests/sdk/clients.py"))
+    let output = Command::new(clients_python())
+        .arg(workspace().join("tests/clients/sdks.py"))
         .arg(mode)
         .args([upstream.address, envoy.listen()].map(|address| format!("http://{address}")))
         .output()

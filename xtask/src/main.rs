@@ -12,7 +12,6 @@ mod command;
 mod debian;
 mod envoy;
 mod python;
-mod sdk;
 mod test;
 mod tidy;
 
@@ -23,10 +22,9 @@ use command::{Failure, Workspace};
 const USAGE: &str = "cargo xtask TASK
 
   build              the filter and the driftlock binary, into dist/
-  clients            install the clients of the tests into target/clients (openai, websockets)
+  clients            install the clients of the tests into target/clients (openai, anthropic, fakellm, websockets)
   demo [ARGS]        build, then `driftlock demo ARGS`; with --envoy through a real Envoy
   envoy              install Envoy into target/envoy (a Python virtual environment)
-  sdk                install the openai and anthropic SDKs and fakellm into target/sdk
   test               everything: style, lints, bare-metal builds, tests, tests with Envoy
   tidy               who may import whom, and what no file may contain
 ";
@@ -57,9 +55,6 @@ fn run(arguments: &[String]) -> Result<(), Failure> {
             .map(|python| println!("a Python with the clients: {}", python.display())),
         "demo" => build::demo(&workspace, rest),
         "envoy" => envoy::install(&workspace).map(|binary| println!("Envoy: {}", binary.display())),
-        "sdk" => {
-            sdk::install(&workspace).map(|python| println!("Python with the SDKs: {}", python.display()))
-        }
         "test" => test::test(&workspace),
         "tidy" => tidy::tidy(&workspace),
         "help" | "-h" | "--help" => {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::build::{self, Dist, GUEST};
 use crate::command::{Failure, Workspace, output, run, succeeds};
-use crate::{clients, debian, envoy, sdk, tidy};
+use crate::{clients, debian, envoy, tidy};
 
 /// A bare-metal target: it has no `std` at all, so a crate that builds for it needs none.
 const BARE_METAL: &str = "thumbv7em-none-eabi";
@@ -182,14 +182,12 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
     let envoy = steps.step("install Envoy", || envoy::install(workspace))?;
     let code_lengths = workspace.target.join(GUEST).join("debug/examples/code_lengths.wasm");
     let clients = steps.step("install clients", || clients::install(workspace))?;
-    let python = steps.step("install the SDKs", || sdk::install(workspace))?;
     let with_products = |command: &mut Command| {
         run(command
             .env("DRIFTLOCK_CODE_LENGTHS", &code_lengths)
             .env("DRIFTLOCK_BINARY", &binary)
             .env("DRIFTLOCK_FILTER", &filter)
             .env(clients::PYTHON_VARIABLE, &clients)
-            .env(sdk::PYTHON_VARIABLE, &python)
             .env(envoy::BINARY_VARIABLE, &envoy))
     };
     // Guests written with the published SDK are built by the host's tests for this target too.

@@ -62,7 +62,6 @@ const RULES: &[Rule] = &[
             "memchr",
             "ruzstd",
             "brotli-decompressor",
-            "crc32fast",
         ]),
         never: RUNTIMES,
         why: "inspect is no_std: the engine and small parsers",

@@ -80,6 +80,12 @@ impl Rules {
         rule.map(|rule| rule.plan).unwrap_or_default()
     }
 
+    /// Every stream is observed: nothing is told, changed or stopped.
+    pub fn observe() -> Self {
+        let plan = Plan { tag: false, ..Plan::default() };
+        Self(alloc::vec![Rule { stream: "*".to_string(), plan }])
+    }
+
     /// Whether any rule applies to a part of the exchanges only.
     pub(crate) fn sample(&self) -> bool {
         self.0.iter().any(|rule| rule.plan.sample < ALL)

@@ -18,9 +18,8 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use serde_json::{Value, json};
-
 use crate::content::{ApiStyle, Framing, Provider};
+use crate::frames::Crc32;
 
 /// An answer in the upstream's place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,14 +91,16 @@ impl Dialect {
         }
     }
 
-    fn error(self, refusal: &Refusal<'_>) -> Value {
-        let Refusal { status, kind, code, message } = *refusal;
-        match self {
+    /// The error's JSON.
+    fn error(self, refusal: &Refusal<'_>) -> String {
+        let status = refusal.status;
+        let (template, class) = match self {
             Self::OpenAi | Self::OpenAiChat | Self::OpenAiCompletions | Self::OpenAiResponses => {
-                json!({"error": {"message": message, "type": kind, "param": null, "code": code}})
+                (r#"{"error":{"message":$m,"type":$k,"param":null,"code":$c}}"#, "")
             }
-            Self::Anthropic => {
-                let class = match status {
+            Self::Anthropic => (
+                r#"{"type":"error","error":{"type":$x,"message":$m}}"#,
+                match status {
                     401 => "authentication_error",
                     403 => "permission_error",
                     404 => "not_found_error",
@@ -107,11 +108,11 @@ impl Dialect {
                     429 => "rate_limit_error",
                     400..500 => "invalid_request_error",
                     _ => "api_error",
-                };
-                json!({"type": "error", "error": {"type": class, "message": message}})
-            }
-            Self::Gemini => {
-                let class = match status {
+                },
+            ),
+            Self::Gemini => (
+                r#"{"error":{"code":$s,"message":$m,"status":$x,"details":[{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":$K,"domain":"driftlock","metadata":{"code":$c}}]}}"#,
+                match status {
                     401 => "UNAUTHENTICATED",
                     403 => "PERMISSION_DENIED",
                     404 => "NOT_FOUND",
@@ -119,25 +120,22 @@ impl Dialect {
                     400..500 => "INVALID_ARGUMENT",
                     503 => "UNAVAILABLE",
                     _ => "INTERNAL",
-                };
-                json!({"error": {"code": status, "message": message, "status": class, "details": [{
-                    "@type": "type.googleapis.com/google.rpc.ErrorInfo",
-                    "reason": kind.to_ascii_uppercase(), "domain": "driftlock", "metadata": {"code": code},
-                }]}})
-            }
-            Self::Bedrock | Self::BedrockConverse | Self::Cohere => json!({"message": message}),
-            Self::Ollama => json!({"error": message}),
-            Self::GraphQl => {
-                json!({"errors": [{"message": message, "extensions": {"code": code, "type": kind}}]})
-            }
-            Self::JsonRpc => json!({"jsonrpc": "2.0", "id": null, "error": {
-                "code": JSON_RPC_REFUSED, "message": message, "data": {"type": kind, "code": code},
-            }}),
-            Self::Problem => json!({
-                "type": "about:blank", "title": title(status), "status": status, "detail": message,
-                "code": code, "reason": kind,
-            }),
-        }
+                },
+            ),
+            Self::Bedrock | Self::BedrockConverse | Self::Cohere => (r#"{"message":$m}"#, ""),
+            Self::Ollama => (r#"{"error":$m}"#, ""),
+            Self::GraphQl => (r#"{"errors":[{"message":$m,"extensions":{"code":$c,"type":$k}}]}"#, ""),
+            // The code is in the range that JSON-RPC 2.0 leaves to servers.
+            Self::JsonRpc => (
+                r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32001,"message":$m,"data":{"type":$k,"code":$c}}}"#,
+                "",
+            ),
+            Self::Problem => (
+                r#"{"type":"about:blank","title":$x,"status":$s,"detail":$m,"code":$c,"reason":$k}"#,
+                title(status),
+            ),
+        };
+        filled(template, refusal, class)
     }
 
     /// A whole response.
@@ -157,17 +155,11 @@ impl Dialect {
                 },
             ));
         }
-        Reply {
-            status: refusal.status,
-            headers,
-            body: self.error(refusal).to_string(),
-            details: refusal.kind,
-        }
+        Reply { status: refusal.status, headers, body: self.error(refusal), details: refusal.kind }
     }
 
     /// What ends a stream that has begun. The stream stands between two of its parts.
     pub(crate) fn stream_error(self, framing: Framing, refusal: &Refusal<'_>) -> Vec<u8> {
-        let Refusal { kind, code, message, .. } = *refusal;
         let (event, data, after) = match self {
             Self::OpenAi | Self::OpenAiChat | Self::OpenAiCompletions => {
                 (None, self.error(refusal), "data: [DONE]\n\n")
@@ -175,13 +167,16 @@ impl Dialect {
             Self::OpenAiResponses => (
                 Some("error"),
                 // The SDKs raise on an `error` that is there, and read the other fields where they know them.
-                json!({"type": "error", "code": code, "message": message, "param": null,
-                       "error": {"type": kind, "code": code, "message": message}}),
+                filled(
+                    r#"{"type":"error","code":$c,"message":$m,"param":null,"error":{"type":$k,"code":$c,"message":$m}}"#,
+                    refusal,
+                    "",
+                ),
                 "",
             ),
             Self::Cohere => (
                 Some("message-end"),
-                json!({"type": "message-end", "delta": {"finish_reason": "ERROR", "error": message}}),
+                filled(r#"{"type":"message-end","delta":{"finish_reason":"ERROR","error":$m}}"#, refusal, ""),
                 "",
             ),
             Self::JsonRpc => (Some("message"), self.error(refusal), ""),
@@ -201,7 +196,7 @@ impl Dialect {
             }
             Framing::JsonLines => format!("{data}\n").into_bytes(),
             Framing::AwsEventStream => {
-                let payload = json!({"message": message}).to_string();
+                let payload = Self::Bedrock.error(refusal);
                 amazon_exception("modelStreamErrorException", payload.as_bytes())
             }
         }
@@ -210,55 +205,63 @@ impl Dialect {
     /// An answer that a filter stopped, in the shape of a whole one: for a client that has been told 200
     /// and has seen none of the body. Where an API has no such shape, its error.
     pub(crate) fn stopped(self, refusal: &Refusal<'_>) -> String {
-        const ID: &str = "driftlock-blocked";
-        let Refusal { message, .. } = *refusal;
-        match self {
-            Self::OpenAiChat => json!({
-                "id": ID, "object": "chat.completion", "created": 0, "model": "",
-                "choices": [{"index": 0, "finish_reason": "content_filter", "logprobs": null,
-                    "message": {"role": "assistant", "content": null, "refusal": message}}],
-                "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-            }),
-            Self::OpenAiCompletions => json!({
-                "id": ID, "object": "text_completion", "created": 0, "model": "",
-                "choices": [{"index": 0, "finish_reason": "content_filter", "logprobs": null, "text": ""}],
-                "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-            }),
-            Self::OpenAiResponses => json!({
-                "id": ID, "object": "response", "created_at": 0, "model": "", "status": "incomplete",
-                "incomplete_details": {"reason": "content_filter"}, "error": null, "instructions": null,
-                "metadata": {}, "parallel_tool_calls": false, "temperature": null, "tool_choice": "auto",
-                "tools": [], "top_p": null,
-                "output": [{"id": ID, "type": "message", "role": "assistant", "status": "incomplete",
-                    "content": [{"type": "refusal", "refusal": message}]}],
-            }),
-            Self::Anthropic => json!({
-                "id": ID, "type": "message", "role": "assistant", "model": "", "content": [],
-                "stop_reason": "refusal", "stop_sequence": null,
-                "usage": {"input_tokens": 0, "output_tokens": 0},
-            }),
-            Self::Gemini => json!({"promptFeedback": {"blockReason": "OTHER", "blockReasonMessage": message}}),
-            Self::BedrockConverse => json!({
-                "output": {"message": {"role": "assistant", "content": [{"text": message}]}},
-                "stopReason": "guardrail_intervened",
-                "usage": {"inputTokens": 0, "outputTokens": 0, "totalTokens": 0},
-                "metrics": {"latencyMs": 0},
-            }),
-            Self::Cohere => json!({
-                "id": ID, "finish_reason": "ERROR", "message": {"role": "assistant", "content": []},
-            }),
-            Self::Ollama => json!({
-                "model": "", "created_at": "1970-01-01T00:00:00Z", "done": true, "done_reason": "content_filter",
-                "message": {"role": "assistant", "content": ""}, "response": "", "error": message,
-            }),
-            Self::OpenAi | Self::Bedrock | Self::JsonRpc | Self::GraphQl | Self::Problem => self.error(refusal),
-        }
-        .to_string()
+        let template = match self {
+            Self::OpenAiChat => {
+                r#"{"id":"driftlock-blocked","object":"chat.completion","created":0,"model":"","choices":[{"index":0,"finish_reason":"content_filter","logprobs":null,"message":{"role":"assistant","content":null,"refusal":$m}}],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}"#
+            }
+            Self::OpenAiCompletions => {
+                r#"{"id":"driftlock-blocked","object":"text_completion","created":0,"model":"","choices":[{"index":0,"finish_reason":"content_filter","logprobs":null,"text":""}],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}"#
+            }
+            Self::OpenAiResponses => {
+                r#"{"id":"driftlock-blocked","object":"response","created_at":0,"model":"","status":"incomplete","incomplete_details":{"reason":"content_filter"},"error":null,"instructions":null,"metadata":{},"parallel_tool_calls":false,"temperature":null,"tool_choice":"auto","tools":[],"top_p":null,"output":[{"id":"driftlock-blocked","type":"message","role":"assistant","status":"incomplete","content":[{"type":"refusal","refusal":$m}]}]}"#
+            }
+            Self::Anthropic => {
+                r#"{"id":"driftlock-blocked","type":"message","role":"assistant","model":"","content":[],"stop_reason":"refusal","stop_sequence":null,"usage":{"input_tokens":0,"output_tokens":0}}"#
+            }
+            Self::Gemini => r#"{"promptFeedback":{"blockReason":"OTHER","blockReasonMessage":$m}}"#,
+            Self::BedrockConverse => {
+                r#"{"output":{"message":{"role":"assistant","content":[{"text":$m}]}},"stopReason":"guardrail_intervened","usage":{"inputTokens":0,"outputTokens":0,"totalTokens":0},"metrics":{"latencyMs":0}}"#
+            }
+            Self::Cohere => {
+                r#"{"id":"driftlock-blocked","finish_reason":"ERROR","message":{"role":"assistant","content":[]}}"#
+            }
+            Self::Ollama => {
+                r#"{"model":"","created_at":"1970-01-01T00:00:00Z","done":true,"done_reason":"content_filter","message":{"role":"assistant","content":""},"response":"","error":$m}"#
+            }
+            Self::OpenAi | Self::Bedrock | Self::JsonRpc | Self::GraphQl | Self::Problem => {
+                return self.error(refusal);
+            }
+        };
+        filled(template, refusal, "")
     }
 }
 
-/// In the range that JSON-RPC 2.0 leaves to servers.
-const JSON_RPC_REFUSED: i32 = -32_001;
+/// `template` with the refusal in the places of `$m` (message), `$c` (code), `$k` and `$K` (kind, in capitals),
+/// `$s` (status) and `$x` (`class`). Templates, since the same trees built with `json!` take 25 KiB of wasm.
+fn filled(template: &str, refusal: &Refusal<'_>, class: &str) -> String {
+    let mut out = String::with_capacity(template.len() + refusal.message.len());
+    let mut pieces = template.split('$');
+    out += pieces.next().unwrap_or_default();
+    for piece in pieces {
+        let (place, rest) = piece.split_at_checked(1).unwrap_or_default();
+        match place {
+            "s" => out += &refusal.status.to_string(),
+            "m" => quote(&mut out, refusal.message),
+            "c" => quote(&mut out, refusal.code),
+            "k" => quote(&mut out, refusal.kind),
+            "K" => quote(&mut out, &refusal.kind.to_ascii_uppercase()),
+            _ => quote(&mut out, class),
+        }
+        out += rest;
+    }
+    out
+}
+
+/// A JSON string.
+fn quote(out: &mut String, text: &str) {
+    // A string always serialises.
+    *out += &serde_json::to_string(text).unwrap_or_default();
+}
 
 /// The status's phrase (RFC 9110 section 15), as RFC 9457 wants it for `about:blank`.
 fn title(status: u16) -> &'static str {
@@ -295,10 +298,10 @@ fn amazon_exception(kind: &str, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(total);
     out.extend_from_slice(&(total as u32).to_be_bytes());
     out.extend_from_slice(&(headers.len() as u32).to_be_bytes());
-    out.extend_from_slice(&crc32fast::hash(&out).to_be_bytes());
+    out.extend_from_slice(&Crc32::of(&out).to_be_bytes());
     out.extend_from_slice(&headers);
     out.extend_from_slice(payload);
-    out.extend_from_slice(&crc32fast::hash(&out).to_be_bytes());
+    out.extend_from_slice(&Crc32::of(&out).to_be_bytes());
     out
 }
 
@@ -320,6 +323,8 @@ pub(crate) fn refused_message(direction: &str, reason: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     const REFUSAL: Refusal<'static> =

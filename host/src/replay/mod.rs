@@ -35,6 +35,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use driftlock_engine::ENGINE_VERSION;
+use driftlock_inspect::action::Rules;
 use driftlock_inspect::config::{Config, ConfigError, LogPolicy};
 use driftlock_inspect::session::Plugin;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -418,8 +419,8 @@ fn execute<W: Write + Send>(
     let reader = match plan.via {
         Via::Native => {
             let mut config = Config::parse(&plan.plugin_configuration)?;
-            // Nobody reads them here, and they cost a tenth of the time.
-            config.report.response_headers = false;
+            // No peer reads headers here, and they cost a tenth of the time.
+            config.actions = Rules::observe();
             config.report.log = LogPolicy::Never;
             let mut free_config = config.clone();
             free_config.settings.learning = None;

@@ -1,6 +1,6 @@
 """The openai and anthropic SDKs through a proxy with Driftlock, as their users would call them.
 
-Usage: clients.py MODE UPSTREAM PROXY. MODE is `redact`, `block` or `hold` (block with headers held). Any
+Usage: sdks.py MODE UPSTREAM PROXY. MODE is `redact`, `block` or `hold` (block with headers held). Any
 client error where none belongs, and any of Driftlock's doings that an SDK does not show in its own
 exceptions and values, ends the program with a message and status 1.
 """
