@@ -15,9 +15,10 @@ use driftlock_host::envoy::{Envoy, EnvoyError, EnvoyOptions};
 use driftlock_host::gateway::{AccessLogTarget, AccessRecord, FilterSource, Gateway, GatewayOptions};
 use driftlock_host::replay::upstream::{Delivery, Upstream};
 use driftlock_host::replay::wire::REPLAY_ID_HEADER;
+use driftlock_inspect::host::METRIC_NAMES;
 use serde_json::Value;
 
-use crate::wire::{Answer, abandon, ask};
+use crate::wire::{Answer, abandon, ask, ask_http2};
 
 const LOG_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -27,6 +28,8 @@ pub struct Proxy {
     pub upstream: Upstream,
     /// Which proxy.
     pub kind: Kind,
+    /// The client speaks HTTP/2.
+    pub http2: bool,
 }
 
 /// Which proxy.
@@ -83,10 +86,34 @@ impl Proxy {
     /// # Panics
     /// If it does not start.
     pub async fn envoy(configuration: &[u8]) -> Self {
+        Self::envoy_with(configuration, |_| {}).await
+    }
+
+    /// An Envoy that speaks HTTP/2 to the client and to the upstream.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub async fn envoy_http2(configuration: &[u8], set: impl FnOnce(&mut EnvoyOptions)) -> Self {
+        let proxy = Self::envoy_with(configuration, |options| {
+            options.upstream_http2 = true;
+            set(options);
+        })
+        .await;
+        Self { http2: true, ..proxy }
+    }
+
+    /// An Envoy with further options.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub async fn envoy_with(configuration: &[u8], set: impl FnOnce(&mut EnvoyOptions)) -> Self {
         let upstream = Upstream::start().await.expect("an upstream");
-        let envoy =
-            start_envoy(configuration, upstream.address()).await.unwrap_or_else(|error| panic!("{error}"));
-        Self { upstream, kind: Kind::Envoy(envoy) }
+        let mut options = EnvoyOptions::new(crate::envoy_binary(), crate::filter(), upstream.address());
+        options.plugin_configuration = configuration.to_vec();
+        set(&mut options);
+        let envoy = tokio::task::spawn_blocking(move || Envoy::start(&options)).await.expect("no panic");
+        let envoy = envoy.unwrap_or_else(|error| panic!("{error}"));
+        Self { upstream, kind: Kind::Envoy(envoy), http2: false }
     }
 
     /// A gateway.
@@ -96,7 +123,7 @@ impl Proxy {
     pub async fn gateway(configuration: &[u8]) -> Self {
         let upstream = Upstream::start().await.expect("an upstream");
         let (gateway, log) = start_gateway(configuration, upstream.address()).await;
-        Self { upstream, kind: Kind::Gateway(gateway, Mutex::new(log)) }
+        Self { upstream, kind: Kind::Gateway(gateway, Mutex::new(log)), http2: false }
     }
 
     /// `envoy` or `gateway`, for messages.
@@ -107,7 +134,8 @@ impl Proxy {
         }
     }
 
-    fn listen(&self) -> SocketAddr {
+    /// Where it listens.
+    pub fn listen(&self) -> SocketAddr {
         match &self.kind {
             Kind::Envoy(envoy) => envoy.listen(),
             Kind::Gateway(gateway, _) => gateway.addr,
@@ -127,7 +155,12 @@ impl Proxy {
         leave_after_bytes: Option<usize>,
     ) -> Observed {
         let number = self.upstream.plan(response, delivery).expect("an answer that can be sent");
-        let answer = ask(self.listen(), encoded(request, number), leave_after_bytes).await;
+        let answer = if self.http2 {
+            let number = number.to_string();
+            ask_http2(self.listen(), request, &[(REPLAY_ID_HEADER, &number)], leave_after_bytes).await
+        } else {
+            ask(self.listen(), encoded(request, number), leave_after_bytes).await
+        };
         self.observed(number, answer).await
     }
 
@@ -193,17 +226,18 @@ impl Proxy {
         match &self.kind {
             Kind::Envoy(envoy) => {
                 let stats = tokio::task::block_in_place(|| envoy.stats()).expect("stats");
-                let named = stats.into_iter();
-                named
-                    .filter_map(|(name, value)| Some((name.strip_prefix("wasmcustom.")?.to_owned(), value)))
-                    .collect()
+                let counter = |(name, value): (String, u64)| {
+                    let name = name.strip_prefix("wasmcustom.")?;
+                    // Not the gauges.
+                    METRIC_NAMES.contains(&name).then(|| (name.to_owned(), value))
+                };
+                stats.into_iter().filter_map(counter).collect()
             }
             Kind::Gateway(gateway, _) => {
                 let admin = gateway.admin_addr.expect("an admin address");
                 let request = b"GET /metrics HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n".to_vec();
                 let page = ask(admin, request, None).await.text();
-                let names = driftlock_inspect::host::METRIC_NAMES;
-                names
+                METRIC_NAMES
                     .iter()
                     .filter_map(|name| {
                         let exported = format!("{} ", name.replace('.', "_"));

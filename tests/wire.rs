@@ -1,12 +1,16 @@
-//! An HTTP/1.1 client by hand: what is on the wire is what a test asserts.
+//! An HTTP/1.1 client by hand: what is on the wire is what a test asserts; and an HTTP/2 client.
 //!
 //! A client library hides the difference between an answer that ended and one that broke off, and would
 //! not leave in the middle of one. [`ask`] sends one request on a connection of its own and reports what
-//! came back, complete or not. Left out on purpose: pipelining, interim answers, trailers' contents.
+//! came back, complete or not; [`ask_http2`] does so over HTTP/2. Left out on purpose: pipelining.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use bytes::Bytes;
+use driftlock_host::capture::HttpRequest;
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -22,6 +26,8 @@ pub struct Answer {
     pub headers: Vec<(String, String)>,
     /// The body, transfer coding removed, as far as it arrived.
     pub body: Vec<u8>,
+    /// Trailers, names in lower case.
+    pub trailers: Vec<(String, String)>,
     /// The message ended as HTTP says it must; false when it broke off.
     pub complete: bool,
 }
@@ -75,6 +81,63 @@ pub async fn ask(address: SocketAddr, request: Vec<u8>, leave_after_bytes: Optio
     }
 }
 
+/// Sends `request` over HTTP/2 (prior knowledge) on a connection of its own, with further fields. With
+/// `leave_after_bytes` the stream is reset once that many bytes of the answer's body have come.
+///
+/// # Panics
+/// If nothing happens for 20 s, or the request cannot be sent.
+pub async fn ask_http2(
+    address: SocketAddr,
+    request: &HttpRequest,
+    fields: &[(&str, &str)],
+    leave_after_bytes: Option<usize>,
+) -> Answer {
+    let stream = TcpStream::connect(address).await.expect("the proxy accepts connections");
+    let client = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (mut sender, connection) = client.await.expect("HTTP/2");
+    let connection = tokio::spawn(connection);
+    let mut sent = http::Request::builder()
+        .method(request.method.as_str())
+        .uri(format!("http://h{}", request.target))
+        .header("te", "trailers");
+    let recorded = request.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    for (name, value) in recorded.chain(fields.iter().copied()) {
+        sent = sent.header(name, value);
+    }
+    let sent = sent.body(Full::new(Bytes::copy_from_slice(&request.body))).expect("a request");
+    let mut answer = Answer::default();
+    let got = timeout(PATIENCE, sender.send_request(sent)).await.expect("no answer");
+    if let Ok(got) = got {
+        let (head, mut body) = got.into_parts();
+        answer.status = Some(head.status.as_u16());
+        answer.headers = fields_of(&head.headers);
+        answer.complete = loop {
+            let frame = timeout(PATIENCE, body.frame()).await;
+            match frame.unwrap_or_else(|_| panic!("no byte and no end for {PATIENCE:?}: {answer:?}")) {
+                None => break true,
+                Some(Err(_)) => break false,
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => answer.body.extend_from_slice(&data),
+                    Err(frame) => {
+                        answer.trailers = frame.trailers_ref().map(fields_of).unwrap_or_default();
+                    }
+                },
+            }
+            if leave_after_bytes.is_some_and(|bytes| answer.body.len() >= bytes) {
+                break false;
+            }
+        };
+    }
+    drop(sender);
+    connection.abort();
+    answer
+}
+
+fn fields_of(map: &http::HeaderMap) -> Vec<(String, String)> {
+    let text = |value: &http::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    map.iter().map(|(name, value)| (name.as_str().to_owned(), text(value))).collect()
+}
+
 /// Sends `bytes`, waits until a proxy has had the time to read them, and leaves.
 ///
 /// # Panics
@@ -91,24 +154,29 @@ fn parse(bytes: &[u8], closed: bool) -> Option<Answer> {
     let head = String::from_utf8_lossy(&bytes[..head_end]).into_owned();
     let mut lines = head.split("\r\n");
     let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
-    let headers: Vec<(String, String)> = lines
-        .filter_map(|line| line.split_once(':'))
-        .map(|(name, value)| (name.trim().to_ascii_lowercase(), value.trim().to_owned()))
-        .collect();
+    let headers: Vec<_> = lines.filter_map(field_line).collect();
     let field = |name: &str| headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
     let rest = &bytes[head_end + 4..];
+    if status == Some(100) {
+        return parse(rest, closed);
+    }
+    let mut trailers = Vec::new();
     let (body, complete) = if field("transfer-encoding").is_some_and(|coding| coding.contains("chunked")) {
-        unchunk(rest)
+        unchunk(rest, &mut trailers)
     } else if let Some(length) = field("content-length").and_then(|length| length.parse::<usize>().ok()) {
         (rest[..rest.len().min(length)].to_vec(), rest.len() >= length)
     } else {
         (rest.to_vec(), closed || matches!(status, Some(204 | 304)))
     };
-    Some(Answer { status, headers, body, complete })
+    Some(Answer { status, headers, body, trailers, complete })
+}
+
+fn field_line(line: &str) -> Option<(String, String)> {
+    line.split_once(':').map(|(name, value)| (name.trim().to_ascii_lowercase(), value.trim().to_owned()))
 }
 
 /// Takes the chunked coding off as far as it arrived (RFC 9112 section 7.1); says whether it ended.
-fn unchunk(mut rest: &[u8]) -> (Vec<u8>, bool) {
+fn unchunk(mut rest: &[u8], trailers: &mut Vec<(String, String)>) -> (Vec<u8>, bool) {
     let mut body = Vec::new();
     loop {
         let Some(line_end) = rest.windows(2).position(|window| window == b"\r\n") else {
@@ -119,7 +187,10 @@ fn unchunk(mut rest: &[u8]) -> (Vec<u8>, bool) {
             .unwrap_or_else(|_| panic!("no chunk size: {line:?}"));
         rest = &rest[line_end + 2..];
         if size == 0 {
-            return (body, rest.ends_with(b"\r\n"));
+            let text = String::from_utf8_lossy(rest);
+            let ended = rest == b"\r\n" || rest.ends_with(b"\r\n\r\n");
+            trailers.extend(text.split("\r\n").filter_map(field_line));
+            return (body, ended);
         }
         body.extend_from_slice(&rest[..rest.len().min(size)]);
         match rest.get(size + 2..) {

@@ -153,6 +153,12 @@ pub struct EnvoyOptions {
     pub buffer_limit_bytes: Option<u32>,
     /// Whether HTTP/1.1 trailers pass; Envoy drops them by default.
     pub trailers: bool,
+    /// The upstream is spoken to in HTTP/2, with prior knowledge.
+    pub upstream_http2: bool,
+    /// How often a request is sent again when the upstream resets it or answers 5xx.
+    pub retries: u32,
+    /// Whether websockets may be opened.
+    pub websockets: bool,
     /// Further clusters, which the filter may call: name, address, and whether they speak HTTP/2.
     pub callout_clusters: Vec<(String, SocketAddr, bool)>,
     /// How long Envoy may take to become ready.
@@ -174,6 +180,9 @@ impl EnvoyOptions {
             access_log: None,
             buffer_limit_bytes: None,
             trailers: false,
+            upstream_http2: false,
+            retries: 0,
+            websockets: false,
             callout_clusters: Vec::new(),
             start_deadline: Duration::from_secs(60),
         }
@@ -546,7 +555,12 @@ fn listener(options: &EnvoyOptions, access_log: &Path) -> Value {
         "suppress_envoy_headers": true,
     }});
     let filters: Vec<Value> = filter.into_iter().chain([router]).collect();
-    let connection_manager = json!({
+    // No route timeout: a recorded stream takes as long as it takes.
+    let mut route = json!({"cluster": "upstream", "timeout": "0s"});
+    if options.retries > 0 {
+        route["retry_policy"] = json!({"retry_on": "5xx,reset", "num_retries": options.retries});
+    }
+    let mut connection_manager = json!({
         "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "driftlock",
         "generate_request_id": false,
@@ -565,11 +579,13 @@ fn listener(options: &EnvoyOptions, access_log: &Path) -> Value {
         "route_config": {"virtual_hosts": [{
             "name": "upstream",
             "domains": ["*"],
-            // No route timeout: a recorded stream takes as long as it takes.
-            "routes": [{"name": "all", "match": {"prefix": "/"}, "route": {"cluster": "upstream", "timeout": "0s"}}],
+            "routes": [{"name": "all", "match": {"prefix": "/"}, "route": route}],
         }]},
         "http_filters": filters,
     });
+    if options.websockets {
+        connection_manager["upgrade_configs"] = json!([{"upgrade_type": "websocket"}]);
+    }
     let mut listener = json!({
         "name": "driftlock",
         "address": loopback_any_port(),
@@ -615,7 +631,7 @@ fn bootstrap(options: &EnvoyOptions, access_log: &Path, listener_path: &Path) ->
     let callouts = options.callout_clusters.iter();
     let callouts = callouts.map(|(name, address, http2)| cluster(name, *address, *http2, options));
     let clusters: Vec<Value> =
-        std::iter::once(cluster("upstream", options.upstream, false, options)).chain(callouts).collect();
+        std::iter::once(cluster("upstream", options.upstream, options.upstream_http2, options)).chain(callouts).collect();
     let mut bootstrap = json!({
         "admin": {"address": loopback_any_port()},
         // Names this proxy to the filter.

@@ -1,4 +1,5 @@
-//! Every API, whole and streamed, plain and gzip, under every action, through a real Envoy.
+//! Every API, whole and streamed, with and without trailers, in every content coding, over HTTP/1.1 and HTTP/2,
+//! under every action, through a real Envoy.
 //!
 //! A row is an exchange of one API with a secret in its request and in its answer. What holds for all: the
 //! bodies that arrive are those that were sent, unless a rule redacts (then they are JSON without the secret) or
@@ -7,7 +8,7 @@
 use std::io::Write as _;
 use std::time::Duration;
 
-use driftlock_host::capture::{HttpRequest, HttpResponse};
+use driftlock_host::capture::{HttpRequest, HttpResponse, header};
 use driftlock_host::replay::upstream::{Delivery, Split};
 use driftlock_tests::proxy::{Observed, Proxy};
 use driftlock_tests::trained;
@@ -161,16 +162,44 @@ fn apis() -> Vec<Api> {
 enum Coding {
     Identity,
     Gzip,
+    Deflate,
+    Br,
+    Zstd,
 }
 
+const CODINGS: [Coding; 5] = [Coding::Identity, Coding::Gzip, Coding::Deflate, Coding::Br, Coding::Zstd];
+
 fn coded(coding: Coding, headers: &mut Vec<(String, String)>, body: String) -> Vec<u8> {
-    if coding == Coding::Identity {
-        return body.into_bytes();
-    }
-    headers.push(("content-encoding".to_owned(), "gzip".to_owned()));
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    gzip.write_all(body.as_bytes()).unwrap();
-    gzip.finish().unwrap()
+    let fast = flate2::Compression::fast();
+    let (name, bytes) = match coding {
+        Coding::Identity => return body.into_bytes(),
+        Coding::Gzip => {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), fast);
+            gzip.write_all(body.as_bytes()).unwrap();
+            ("gzip", gzip.finish().unwrap())
+        }
+        Coding::Deflate => {
+            let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), fast);
+            zlib.write_all(body.as_bytes()).unwrap();
+            ("deflate", zlib.finish().unwrap())
+        }
+        Coding::Br => ("br", brotli_of_stored(body.as_bytes())),
+        Coding::Zstd => ("zstd", zstd::encode_all(body.as_bytes(), 1).unwrap()),
+    };
+    headers.push(("content-encoding".to_owned(), name.to_owned()));
+    bytes
+}
+
+/// Brotli (RFC 7932 section 9.2) with the bytes as they are in one meta-block: its other forms are for the
+/// decoder's own tests, and no encoder need be built here.
+fn brotli_of_stored(body: &[u8]) -> Vec<u8> {
+    // From the lowest bit: window of 16 bits, not the last block, four nibbles of length, uncompressed.
+    let head = ((body.len() as u32 - 1) << 4 | 1 << 20).to_le_bytes();
+    let mut out = head[..3].to_vec();
+    out.extend_from_slice(body);
+    // The last block, and empty.
+    out.push(0b11);
+    out
 }
 
 struct Row {
@@ -178,6 +207,7 @@ struct Row {
     request: HttpRequest,
     response: HttpResponse,
     delivery: Delivery,
+    coding: Coding,
     streamed: bool,
     error: &'static str,
 }
@@ -185,8 +215,8 @@ struct Row {
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for api in apis() {
-        for coding in [Coding::Identity, Coding::Gzip] {
-            for streamed in [false, true] {
+        for coding in CODINGS {
+            for (streamed, trailers) in [(false, false), (true, false), (true, true)] {
                 let (target, content_type, answer) = match (&api.stream, streamed) {
                     (_, false) => (api.target, "application/json", api.answer.to_string()),
                     (Some((target, content_type, parts)), true) => {
@@ -202,8 +232,19 @@ fn rows() -> Vec<Row> {
                 let (mut asks, mut answers) = (typed("application/json"), typed(content_type));
                 let request = coded(coding, &mut asks, api.request.to_string());
                 let response = coded(coding, &mut answers, answer);
+                let form = match (streamed, trailers) {
+                    (false, _) => "whole",
+                    (true, false) => "streamed",
+                    (true, true) => "streamed with trailers",
+                };
+                let mut delivery =
+                    Delivery { split: Split::Every(60), chunked: streamed, ..Delivery::default() };
+                if trailers {
+                    asks.push(("te".to_owned(), "trailers".to_owned()));
+                    delivery.trailers.push((TRAILER.0.to_owned(), TRAILER.1.to_owned()));
+                }
                 rows.push(Row {
-                    what: format!("{} {coding:?} {}", api.name, if streamed { "streamed" } else { "whole" }),
+                    what: format!("{} {coding:?} {form}", api.name),
                     request: HttpRequest {
                         method: "POST".to_owned(),
                         target: target.to_owned(),
@@ -211,7 +252,8 @@ fn rows() -> Vec<Row> {
                         body: request,
                     },
                     response: HttpResponse { status: 200, headers: answers, body: response },
-                    delivery: Delivery { split: Split::Every(60), chunked: streamed, ..Delivery::default() },
+                    delivery,
+                    coding,
                     streamed,
                     error: api.error,
                 });
@@ -219,6 +261,37 @@ fn rows() -> Vec<Row> {
         }
     }
     rows
+}
+
+/// What the upstream sends behind a streamed body, where it sends trailers.
+const TRAILER: (&str, &str) = ("x-cost", "12");
+
+const VERSIONS: [Version; 2] = [Version::Http1, Version::Http2];
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Version {
+    Http1,
+    Http2,
+}
+
+async fn envoy(version: Version, configuration: &Value) -> Proxy {
+    let holds = configuration["hold"]["headers"] == true;
+    let configuration = configuration.to_string();
+    match version {
+        Version::Http1 => {
+            Proxy::envoy_with(configuration.as_bytes(), |options| {
+                options.trailers = true;
+                options.allow_on_headers_stop_iteration = holds;
+            })
+            .await
+        }
+        Version::Http2 => {
+            Proxy::envoy_http2(configuration.as_bytes(), |options| {
+                options.allow_on_headers_stop_iteration = holds;
+            })
+            .await
+        }
+    }
 }
 
 async fn pass(proxy: &Proxy, row: &Row) -> Observed {
@@ -235,6 +308,19 @@ fn unchanged(row: &Row, observed: &Observed, mode: &str) {
     let received =
         observed.received.as_ref().unwrap_or_else(|| panic!("{what}: nothing reached the upstream"));
     assert!(received.body == row.request.body, "{what}: the request changed");
+    trailed(row, observed, mode);
+}
+
+/// The upstream's trailers have come, or there were none.
+fn trailed(row: &Row, observed: &Observed, mode: &str) {
+    let got: Vec<_> = observed.answer.trailers.iter().filter(|(name, _)| name == TRAILER.0).collect();
+    assert_eq!(
+        got.len(),
+        row.delivery.trailers.len(),
+        "{}, {mode}: {:?}",
+        row.what,
+        observed.answer.trailers
+    );
 }
 
 /// The documents of a body, each of which must be JSON.
@@ -268,25 +354,36 @@ async fn what_is_not_redacted_or_refused_arrives_as_it_was_sent() {
         ),
         ("not sampled", json!([{"stream": "none", "do": ["redact"], "percent": 0}]), true),
     ] {
-        let mut configuration = learning.clone();
-        configuration["actions"] = actions;
-        let proxy = Proxy::envoy(configuration.to_string().as_bytes()).await;
-        for row in rows() {
-            // Redaction, and keeping a stream's parts whole, take a content coding off.
-            let recoded = mode == "redact nothing" || mode.starts_with("block") && row.streamed;
-            if recoded && row.what.contains("Gzip") {
-                continue;
+        for version in VERSIONS {
+            let mut configuration = learning.clone();
+            configuration["actions"] = actions.clone();
+            let proxy = envoy(version, &configuration).await;
+            let mode = format!("{mode}, {version:?}");
+            for row in rows() {
+                // Redaction, and keeping a stream's parts whole, take a content coding off.
+                let recoded = mode.starts_with("redact") || mode.starts_with("block") && row.streamed;
+                if recoded && row.coding != Coding::Identity {
+                    continue;
+                }
+                let observed = pass(&proxy, &row).await;
+                unchanged(&row, &observed, &mode);
+                let tags = observed.answer.all("x-driftlock-request");
+                assert_eq!(tags.len(), usize::from(told), "{}, {mode}: {tags:?}", row.what);
+                // Only HTTP/2 clients can be counted on to read trailers.
+                let trailer =
+                    told && row.streamed && version == Version::Http2 && !mode.starts_with("not sampled");
+                let told = observed.answer.trailers.iter().filter(|(name, _)| name == "x-driftlock-response");
+                assert_eq!(told.count(), usize::from(trailer), "{}, {mode}", row.what);
             }
-            let observed = pass(&proxy, &row).await;
-            unchanged(&row, &observed, mode);
-            let tags = observed.answer.all("x-driftlock-request");
-            assert_eq!(tags.len(), usize::from(told), "{}, {mode}: {tags:?}", row.what);
+            let counters = proxy.counters().await;
+            let shadowed = counters["driftlock.shadow_redacted.response"];
+            assert_eq!(shadowed > 0, mode.starts_with("shadow"), "{mode}");
+            for name in
+                ["driftlock.redacted_tokens", "driftlock.errors.host_call", "driftlock.errors.too_late"]
+            {
+                assert_eq!(counters[name], 0, "{mode}: {counters:?}");
+            }
         }
-        let counters = proxy.counters().await;
-        let shadowed = counters["driftlock.shadow_redacted.response"];
-        assert_eq!(shadowed > 0, mode == "shadow", "{mode}");
-        assert_eq!(counters["driftlock.redacted_tokens"], 0, "{mode}");
-        assert_eq!(counters["driftlock.errors.host_call"], 0, "{mode}: {counters:?}");
     }
 }
 
@@ -295,62 +392,75 @@ async fn what_is_redacted_is_json_without_the_secret() {
     for (mode, fields) in [
         ("redact", json!({"actions": [{"stream": "*", "do": ["tag", "redact"]}]})),
         ("redact and block", json!({"actions": [{"stream": "*", "do": ["redact", "block"]}]})),
+        (
+            "redact and block, headers held",
+            json!({"actions": [{"stream": "*", "do": ["tag", "redact", "block"]}], "hold": {"headers": true}}),
+        ),
     ] {
-        let mut configuration = json!({"alpha": 0.01, "learn": {"messages": 400}});
-        for (name, value) in fields.as_object().unwrap() {
-            configuration[name] = value.clone();
-        }
-        let proxy = Proxy::envoy(configuration.to_string().as_bytes()).await;
-        let mut messages = 0;
-        for row in rows() {
-            let what = format!("{}, {mode}", row.what);
-            let observed = pass(&proxy, &row).await;
-            assert!(
-                observed.answer.complete && observed.answer.status == Some(200),
-                "{what}: {:?}",
-                observed.answer
-            );
-            let received =
-                observed.received.clone().unwrap_or_else(|| panic!("{what}: nothing reached the upstream"));
-            let answered = documents(&what, &observed.answer.body);
-            let asked = documents(&what, &received.body);
-            for (side, documents) in [("request", &asked), ("answer", &answered)] {
-                let text = documents.iter().map(Value::to_string).collect::<String>();
-                assert!(text.contains(MARKER), "{what}: no marker in the {side}: {text}");
-                assert!(!text.contains("23456789abcDEF"), "{what}: the secret is in the {side}: {text}");
-                assert!(text.contains("key"), "{what}: more than the secret is gone: {text}");
+        for version in VERSIONS {
+            let mut configuration = json!({"alpha": 0.01, "learn": {"messages": 400}});
+            for (name, value) in fields.as_object().unwrap() {
+                configuration[name] = value.clone();
             }
-            let expected = if row.streamed { row.delivery.chunked } else { true };
-            assert!(expected && observed.answer.all("content-encoding").is_empty(), "{what}");
-            let length = observed.answer.all("content-length");
-            assert!(
-                length.is_empty() || length == [observed.answer.body.len().to_string()],
-                "{what}: {length:?}"
-            );
-            messages += 1;
+            let proxy = envoy(version, &configuration).await;
+            let mut messages = 0;
+            for row in rows() {
+                let what = format!("{}, {mode}, {version:?}", row.what);
+                let observed = pass(&proxy, &row).await;
+                redacted(&what, &row, &observed);
+                trailed(&row, &observed, mode);
+                messages += 1;
+            }
+            let counters = proxy.counters().await;
+            for name in ["driftlock.redacted.request", "driftlock.redacted.response"] {
+                assert_eq!(counters[name], messages, "{mode}, {version:?}: {name}");
+            }
+            for name in ["driftlock.errors.host_call", "driftlock.errors.too_late"] {
+                assert_eq!(counters[name], 0, "{mode}, {version:?}: {counters:?}");
+            }
         }
-        let counters = proxy.counters().await;
-        for name in ["driftlock.redacted.request", "driftlock.redacted.response"] {
-            assert_eq!(counters[name], messages, "{mode}: {name}");
-        }
-        assert_eq!(counters["driftlock.errors.host_call"], 0, "{mode}: {counters:?}");
     }
+}
+
+fn redacted(what: &str, row: &Row, observed: &Observed) {
+    let answer = &observed.answer;
+    assert!(answer.complete && answer.status == Some(200), "{what}: {answer:?}");
+    let received =
+        observed.received.as_ref().unwrap_or_else(|| panic!("{what}: nothing reached the upstream"));
+    for (side, body) in [("request", &received.body), ("answer", &answer.body)] {
+        let documents = documents(what, body);
+        let text = documents.iter().map(Value::to_string).collect::<String>();
+        assert!(text.contains(MARKER), "{what}: no marker in the {side}: {text}");
+        assert!(!text.contains("23456789abcDEF"), "{what}: the secret is in the {side}: {text}");
+        assert!(text.contains("key"), "{what}: more than the secret is gone: {text}");
+    }
+    assert!(answer.all("content-encoding").is_empty(), "{what}");
+    assert!(header(&received.headers, "content-encoding").is_none(), "{what}");
+    let lengths =
+        [answer.all("content-length").first().copied(), header(&received.headers, "content-length")];
+    for (length, body) in lengths.into_iter().zip([&answer.body, &received.body]) {
+        assert!(length.is_none_or(|length| length == body.len().to_string()), "{what}: {length:?}");
+    }
+    assert!(!row.streamed || lengths[0].is_none(), "{what}: a stream has a length");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_refused_is_an_error_of_the_api() {
     // None of these streams is in the baseline.
-    let proxy = Proxy::envoy(&trained(json!({"uninspectable": "refuse", "name": "other", "baseline": null,
-        "pull": {"cluster": "none"}})))
-    .await;
-    for row in rows() {
-        let observed = pass(&proxy, &row).await;
-        let what = &row.what;
-        assert_eq!((observed.answer.status, observed.answer.complete), (Some(503), true), "{what}");
-        assert!(observed.received.is_none(), "{what}: the upstream was asked");
-        let body: Value = serde_json::from_slice(&observed.answer.body).expect("JSON");
-        let message = body.pointer(row.error).and_then(Value::as_str);
-        assert!(message.is_some_and(|message| message.contains("no_baseline")), "{what}: {body}");
+    let configuration = trained(json!({"uninspectable": "refuse", "name": "other", "baseline": null,
+        "pull": {"cluster": "none"}}));
+    let configuration = serde_json::from_slice(&configuration).expect("JSON");
+    for version in VERSIONS {
+        let proxy = envoy(version, &configuration).await;
+        for row in rows() {
+            let observed = pass(&proxy, &row).await;
+            let what = format!("{}, {version:?}", row.what);
+            assert_eq!((observed.answer.status, observed.answer.complete), (Some(503), true), "{what}");
+            assert!(observed.received.is_none(), "{what}: the upstream was asked");
+            let body: Value = serde_json::from_slice(&observed.answer.body).expect("JSON");
+            let message = body.pointer(row.error).and_then(Value::as_str);
+            assert!(message.is_some_and(|message| message.contains("no_baseline")), "{what}: {body}");
+        }
     }
 }
 

@@ -517,6 +517,54 @@ fn what_is_open_when_the_exchange_ends_was_cut_short() {
 }
 
 #[test]
+fn a_stream_after_its_last_event_is_complete_though_the_client_hung_up() {
+    let said = |text: &str| {
+        format!("data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{text}\"}}}}]}}\n\n")
+    };
+    let chat = [said("The answer "), said("is 42.")].concat();
+    let block = "data: {\"type\": \"content_block_delta\", \"index\": 0, \"delta\": {\"type\": \"text_delta\", \"text\": \"Hi\"}}\n\n";
+    let events = "text/event-stream";
+    for (path, content_type, body, complete) in [
+        ("/v1/chat/completions", events, chat.clone() + "data: [DONE]\n\n", true),
+        ("/v1/chat/completions", events, chat.clone(), false),
+        // The client has its last event, the upstream was about to say more.
+        ("/v1/chat/completions", events, chat.clone() + "data: [DONE]\n\ndata: {\"choi", false),
+        ("/v1/messages", events, block.to_owned() + "event: message_stop\ndata: {\"type\": \"message_stop\"}\n\n", true),
+        ("/v1/messages", events, block.to_owned(), false),
+        ("/v1/responses", events, "data: {\"type\": \"response.output_text.delta\", \"output_index\": 0, \"delta\": \"Hi\"}\n\ndata: {\"type\": \"response.completed\", \"response\": {}}\n\n".to_owned(), true),
+        ("/v1beta/models/g:streamGenerateContent", events, "data: {\"candidates\": [{\"content\": {\"role\": \"model\", \"parts\": [{\"text\": \"Hi\"}]}, \"finishReason\": \"STOP\"}]}\n\n".to_owned(), true),
+        ("/v2/chat", events, "event: message-end\ndata: {\"type\": \"message-end\", \"delta\": {\"finish_reason\": \"COMPLETE\"}}\n\n".to_owned(), true),
+        ("/api/chat", "application/x-ndjson", "{\"message\": {\"role\": \"assistant\", \"content\": \"Hi\"}, \"done\": true}\n".to_owned(), true),
+        ("/api/chat", "application/x-ndjson", "{\"message\": {\"role\": \"assistant\", \"content\": \"Hi\"}, \"done\": false}\n".to_owned(), false),
+    ] {
+        for gzip in [false, true] {
+            let mut sent = body.clone().into_bytes();
+            let mut headers = vec![(":status", "200"), ("content-type", content_type)];
+            if gzip {
+                // Flushed, as a streaming server does; its trailer never comes.
+                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                std::io::Write::write_all(&mut encoder, &sent).unwrap();
+                std::io::Write::flush(&mut encoder).unwrap();
+                sent = encoder.get_ref().clone();
+                headers.push(("content-encoding", "gzip"));
+            }
+            let request = [(":method", "POST"), (":path", path), ("content-type", "application/json")];
+            let (mut plugin, mut host) = (configured(json!({})), Scripted::new(&request, &headers));
+            let mut exchange = Exchange::default();
+            exchange.request_headers(&mut plugin, &mut host, false);
+            exchange.request_body(&mut plugin, &mut host, Ok(b"{}"), true);
+            exchange.response_headers(&mut plugin, &mut host, false);
+            exchange.response_body(&mut plugin, &mut host, Ok(&sent), false);
+            exchange.done(&mut plugin, &mut host);
+            let verdict = host.verdict("response").unwrap();
+            let cut_short = verdict["reason"] == "cut_short";
+            assert_eq!(cut_short, !complete, "{path}, gzip {gzip}: {verdict}\n{body}");
+            assert_eq!(host.count_of(Metric::NotInspectedCutShort), u64::from(!complete));
+        }
+    }
+}
+
+#[test]
 fn the_response_header_is_written_once_and_says_the_requests_verdict() {
     let (mut plugin, mut host) = (configured(json!({})), Scripted::chat());
     pass(&mut plugin, &mut host, &question(9), &answer(9));
@@ -1036,14 +1084,26 @@ fn usual_stream(i: u32) -> String {
     events(&["Order ", &order, " is", " on", " its way", " to", " you", "."])
 }
 
-/// What the client gets of a streamed answer, and the last step.
+/// What the client gets of a streamed answer, and the last step. An upstream may end its stream with its last
+/// bytes or later.
 fn client_gets(plugin: &mut Plugin, host: &mut Scripted, body: &str, bytes: usize) -> (String, Step) {
+    client_gets_of(plugin, host, body, bytes, false)
+}
+
+fn client_gets_of(
+    plugin: &mut Plugin,
+    host: &mut Scripted,
+    body: &str,
+    bytes: usize,
+    ends_later: bool,
+) -> (String, Step) {
     let mut exchange = Exchange::default();
     exchange.request_headers(plugin, host, false);
     exchange.request_body(plugin, host, Ok(question(1).as_bytes()), true);
     exchange.response_headers(plugin, host, false);
     let (mut out, mut step) = (Vec::new(), Step::Forward);
-    let all: Vec<&[u8]> = body.as_bytes().chunks(bytes).collect();
+    let last: &[&[u8]] = if ends_later { &[b""] } else { &[] };
+    let all: Vec<&[u8]> = body.as_bytes().chunks(bytes).chain(last.iter().copied()).collect();
     for (i, piece) in all.iter().enumerate() {
         host.bodies.clear();
         step = exchange.response_body(plugin, host, Ok(piece), i + 1 == all.len());
@@ -1071,13 +1131,21 @@ fn a_stream_that_stands_out_is_ended_between_events_and_the_rest_is_swallowed() 
     for bytes in [7, 64, 4096, usize::MAX] {
         let (got, step) = client_gets(&mut plugin, &mut streamed(), &usual, bytes);
         assert_eq!((got, step), (usual.clone(), Step::Forward));
-        let mut host = streamed();
-        let (got, _) = client_gets(&mut plugin, &mut host, &events(&odd), bytes);
-        assert!(host.replies.is_empty() && host.count_of(Metric::BlockedResponse) == 1, "{bytes}: {host:?}");
-        let (sent, error) = got.split_once("data: {\"error\":").unwrap_or_else(|| panic!("{bytes}: {got}"));
-        assert!(sent.is_empty() || sent.ends_with("\n\n"), "{bytes}: {sent}");
-        assert!(error.ends_with("data: [DONE]\n\n") && error.contains("anomalous"), "{bytes}: {error}");
-        assert_eq!(host.verdict("response").unwrap()["outcome"], "anomalous");
+        for ends_later in [false, true] {
+            let mut host = streamed();
+            let (got, _) = client_gets_of(&mut plugin, &mut host, &events(&odd), bytes, ends_later);
+            assert!(
+                host.replies.is_empty() && host.count_of(Metric::BlockedResponse) == 1,
+                "{bytes}: {host:?}"
+            );
+            let (sent, error) =
+                got.split_once("data: {\"error\":").unwrap_or_else(|| panic!("{bytes}: {got}"));
+            assert!(sent.is_empty() || sent.ends_with("\n\n"), "{bytes}: {sent}");
+            // Clients leave at the first of them.
+            assert!(!sent.contains("[DONE]"), "{bytes}: {sent}");
+            assert!(error.ends_with("data: [DONE]\n\n") && error.contains("anomalous"), "{bytes}: {error}");
+            assert_eq!(host.verdict("response").unwrap()["outcome"], "anomalous");
+        }
     }
 }
 

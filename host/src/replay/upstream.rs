@@ -9,7 +9,7 @@
 //! Cost: one task a connection; an answer is held from `plan` to `take`, so a sequential replay
 //! holds one at a time. Request bodies are read whole, up to [`BODY_MAX_BYTES`].
 //!
-//! Left out on purpose: TLS, HTTP/2 and any idea of what an LLM would say.
+//! It speaks HTTP/1.1 and, with prior knowledge, HTTP/2. Left out on purpose: TLS and any idea of what an LLM would say.
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
@@ -28,7 +28,8 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Sleep;
@@ -183,10 +184,9 @@ async fn accept(listener: TcpListener, plans: Plans) {
         connections.spawn(async move {
             let service = service_fn(move |request| answer(request, plans.clone()));
             // An error here is a peer that left or a death that was planned.
-            let _ = hyper::server::conn::http1::Builder::new()
-                .max_headers(1024)
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+            let mut server = auto::Builder::new(TokioExecutor::new());
+            server.http1().max_headers(1024);
+            let _ = server.serve_connection(TokioIo::new(stream), service).await;
         });
         while connections.try_join_next().is_some() {}
     }
@@ -204,7 +204,7 @@ async fn answer(request: Request<Incoming>, plans: Plans) -> Result<Response<Pla
     };
     let received = HttpRequest {
         method: head.method.to_string(),
-        target: head.uri.to_string(),
+        target: head.uri.path_and_query().map_or_else(|| head.uri.to_string(), ToString::to_string),
         headers: head
             .headers
             .iter()

@@ -100,6 +100,8 @@ pub(super) struct Document {
     /// The choice or event outgrew the bound: no more holding until it ends.
     direct: bool,
     open: OpenUnits,
+    /// The event being read is the stream's last.
+    last_event: bool,
     pub(super) summary: Summary,
 }
 
@@ -136,6 +138,7 @@ impl Document {
             calls: Vec::new(),
             direct: false,
             open: OpenUnits::default(),
+            last_event: false,
             summary: Summary::default(),
         }
     }
@@ -320,6 +323,17 @@ impl Document {
         (self.choice, self.choice_position, self.block) = (None, 0, None);
         self.direct = false;
         self.event_type = Label::default();
+        if mem::take(&mut self.last_event) {
+            self.end_open(sink);
+        }
+    }
+
+    /// The stream's texts are complete. Told at its last event, not at its end, so that they are judged before
+    /// a client that hangs up at that event has it; a text that comes after all is a unit of its own.
+    pub(super) fn end_open(&mut self, sink: &mut impl Sink) {
+        for (_, unit) in self.open.0.drain(..) {
+            sink.end(unit);
+        }
     }
 
     /// The document or event is over, complete or not: nothing stays held, nothing is half open. `body_bytes`:
@@ -399,6 +413,7 @@ impl Document {
             _ => false,
         };
         self.summary.terminated |= last && self.is_stream();
+        self.last_event |= last && self.is_stream() && field == Field::EventType;
     }
 }
 
@@ -477,9 +492,7 @@ impl Reader {
 
     /// Ends what is open over a stream's events.
     pub(super) fn end_units(&mut self, sink: &mut impl Sink) {
-        for &(_, unit) in &self.document.open.0 {
-            sink.end(unit);
-        }
+        self.document.end_open(sink);
         self.document.envelope.finish(sink);
     }
 }

@@ -148,6 +148,7 @@ impl<S: Sink> sse::Handler for Lines<'_, S> {
             self.stream.done_len = 0;
             let document = &mut self.stream.documents.reader.document;
             document.summary.terminated = true;
+            document.end_open(self.sink);
             document.envelope.put(DONE, self.stream.done_at, self.sink);
         } else if self.stream.done_len > 0 {
             self.begin_document();

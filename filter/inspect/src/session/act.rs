@@ -57,9 +57,8 @@ impl Exchange {
             && inspection.message.as_ref().is_some_and(|message| plugin.detector.stands_out(message))
         {
             if inspection.plan.shadow {
-                // Counted when it is judged; one look is enough.
+                // Counted when it is judged.
                 inspection.would_cut = true;
-                inspection.next_look = u64::MAX;
             } else {
                 inspection.cut = true;
                 return Some(self.cut(host, direction));
@@ -347,20 +346,17 @@ impl Exchange {
     }
 }
 
-/// Whether it is time for a look at a stream that may have to be ended.
+/// Whether to look at a stream that may have to be ended: once one of its units is complete, since no other is
+/// looked at.
 fn looks(inspection: &mut Inspection, sample: Option<u64>) -> bool {
     let plan = inspection.plan;
-    let due = plan.block
+    core::mem::take(&mut inspection.unit_ended)
+        && plan.block
+        && !inspection.would_cut
         && inspection.direction == Direction::Response
         && inspection.is_stream()
-        && inspection.body_bytes >= inspection.next_look
         && inspection.hash.is_none()
-        && sample.is_none_or(|sample| plan.applies(sample));
-    if due {
-        // A growing distance, so that the number of looks grows with the logarithm of the length.
-        inspection.next_look = inspection.body_bytes.saturating_add(inspection.body_bytes / 4).max(1);
-    }
-    due
+        && sample.is_none_or(|sample| plan.applies(sample))
 }
 
 fn count(host: &mut impl Host, direction: Direction, taken: Taken) {

@@ -52,8 +52,8 @@ pub(super) struct Inspection {
     pub(super) scoring_ns: u64,
     /// What the body was about, once it is read.
     summary: Option<Summary>,
-    /// The next look at a stream under way is at so many bytes.
-    pub(super) next_look: u64,
+    /// A unit has been completed since the last look at a stream under way.
+    pub(super) unit_ended: bool,
 }
 
 /// What the proxy holds until the verdict.
@@ -151,6 +151,14 @@ pub(super) struct Feed<'a> {
     pub(super) max_unit_bytes: usize,
     /// The model has said something.
     pub(super) spoken: bool,
+    /// A unit is complete.
+    pub(super) ended: bool,
+}
+
+impl<'a> Feed<'a> {
+    pub(super) fn new(message: &'a mut Message, max_unit_bytes: usize) -> Self {
+        Self { message, max_unit_bytes, spoken: false, ended: false }
+    }
 }
 
 fn unit_id(unit: Unit) -> UnitId {
@@ -165,15 +173,13 @@ impl Sink for Feed<'_> {
 
     fn end(&mut self, unit: Unit) {
         self.message.end_unit(unit_id(unit));
+        self.ended = true;
     }
 
     fn skipped(&mut self, _unit: Unit, bytes: u64) {
         self.message.skip(bytes);
     }
 }
-
-/// The first look at a stream under way.
-const FIRST_LOOK_BYTES: u64 = 256;
 
 impl Inspection {
     /// Begins a message of the stream that direction, parser and framing name.
@@ -220,7 +226,7 @@ impl Inspection {
             first_token_ns: None,
             scoring_ns: 0,
             summary: None,
-            next_look: FIRST_LOOK_BYTES,
+            unit_ended: false,
         }
     }
 
@@ -293,12 +299,12 @@ impl Inspection {
             &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
         ) -> Result<(), DecodeError>,
     ) -> (Result<(), DecodeError>, bool) {
-        let Self { message, parser, decoder, body_bytes, rewriter, rewritten, .. } = self;
+        let Self { message, parser, decoder, body_bytes, rewriter, rewritten, unit_ended, .. } = self;
         let Some(message) = message else { return (Ok(()), false) };
         if parser.is_none() && rewriter.is_none() {
             return (Ok(()), false);
         }
-        let mut feed = Feed { message, max_unit_bytes: plugin.max_unit_bytes, spoken: false };
+        let mut feed = Feed::new(message, plugin.max_unit_bytes);
         let result = decode(decoder, &mut |piece| {
             let inspected = first(piece, plugin.max_body_bytes.saturating_sub(*body_bytes));
             *body_bytes = body_bytes.saturating_add(piece.len() as u64);
@@ -315,10 +321,12 @@ impl Inspection {
             Ok(()) if *body_bytes > plugin.max_body_bytes => Err(DecodeError::Stopped),
             result => result,
         };
+        *unit_ended |= feed.ended;
         (result, feed.spoken)
     }
 
-    /// The body is complete, or what came of it. Says what it was about.
+    /// The body is complete, or what came of it. Says what it was about. A stream that broke off after its own
+    /// last event is complete: clients hang up there.
     pub(super) fn end_of_body(&mut self, plugin: &Plugin, cut_short: bool) -> Option<Summary> {
         let (decoded, _) = self.decode(plugin, |decoder, give| match decoder {
             Some(decoder) => decoder.finish(give),
@@ -349,14 +357,23 @@ impl Inspection {
 
     fn end_parser(&mut self, plugin: &Plugin, cut_short: bool) -> Option<Summary> {
         let (mut parser, message) = (self.parser.take()?, self.message.as_mut()?);
-        let mut feed = Feed { message, max_unit_bytes: plugin.max_unit_bytes, spoken: false };
+        let mut feed = Feed::new(message, plugin.max_unit_bytes);
         let result = parser.finish(&mut feed);
-        if cut_short {
-            self.defect.get_or_insert(Defect::CutShort);
-        } else if let Err(error) = result {
-            self.defect.get_or_insert(Defect::Malformed(error));
+        let summary = parser.summary();
+        let stream = self.framing != Framing::Whole;
+        match result {
+            Ok(_) if cut_short && !(stream && summary.terminated) => {
+                self.defect.get_or_insert(Defect::CutShort);
+            }
+            Err(_) if cut_short => {
+                self.defect.get_or_insert(Defect::CutShort);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                self.defect.get_or_insert(Defect::Malformed(error));
+            }
         }
-        self.summary = Some(parser.summary());
+        self.summary = Some(summary);
         self.summary
     }
 

@@ -284,7 +284,7 @@ impl Exchange {
         if head.is_ok() {
             let target = Unit { role: Role::Target, index: 0 };
             if let Some(message) = &mut inspection.message {
-                let mut feed = Feed { message, max_unit_bytes: plugin.max_unit_bytes, spoken: false };
+                let mut feed = Feed::new(message, plugin.max_unit_bytes);
                 // Its offsets are those in the request line.
                 feed.text(target, &[method, &b" "[..], path].concat(), 0);
                 feed.end(target);

@@ -76,7 +76,7 @@ impl Exchange {
         let disabled = verdict.reason.as_deref() == Some(super::DISABLED);
         let observed = plugin.keeper.outbox().filter(|_| !disabled);
         if observed.is_some() || plugin.report.filter_state {
-            match serde_json::to_string(verdict) {
+            match verdict.to_json() {
                 Ok(json) => {
                     if let Some(outbox) = observed {
                         outbox.push(direction.as_str(), &json);

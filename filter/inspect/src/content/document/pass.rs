@@ -344,7 +344,10 @@ impl<S: Sink> Handler for Pass<'_, S> {
                 }
             }
             (Place::Thought, Scalar::True) => document.thought = Some(true),
-            (Place::Done, Scalar::True) => document.summary.terminated = true,
+            (Place::Done, Scalar::True) => {
+                document.summary.terminated = true;
+                document.last_event |= document.is_stream();
+            }
             (Place::Tokens(tokens), Scalar::Unsigned(count)) => {
                 let usage = &mut document.summary.usage;
                 let place = match tokens {
