@@ -262,7 +262,7 @@ fn envoy_line(envoy: &Envoy, number: u64) -> Option<BTreeMap<String, String>> {
 }
 
 /// The request as bytes, with its length and the number that asks for the planned answer.
-fn encoded(request: &HttpRequest, number: u64) -> Vec<u8> {
+pub fn encoded(request: &HttpRequest, number: u64) -> Vec<u8> {
     let mut bytes = format!(
         "{} {} HTTP/1.1\r\nhost: h\r\n{REPLAY_ID_HEADER}: {number}\r\n",
         request.method, request.target

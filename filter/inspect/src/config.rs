@@ -43,6 +43,8 @@ pub struct Config {
     pub max_decoded_ratio: u32,
     /// Memory that all decoders of a VM share.
     pub max_decoder_bytes: usize,
+    /// Request headers that are content units, in lower case.
+    pub request_headers: Vec<String>,
     /// Messages that are not inspected because the operator said so.
     pub exclusions: Exclusions,
     /// What becomes of a message that cannot be inspected.
@@ -217,6 +219,7 @@ struct Document<'a> {
     share: bool,
     pull: Option<PullText>,
     observations: Option<PostText>,
+    request_headers: Vec<String>,
     exclude: Vec<Exclusion>,
     limits: Limits,
     uninspectable: Uninspectable,
@@ -304,6 +307,35 @@ fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<O
     Option::deserialize(deserializer).map(Some)
 }
 
+/// Most request headers that are units.
+const MAX_HEADERS: usize = 16;
+
+/// Checks the names of `request_headers`, and writes them as the proxy has them.
+fn header_names(names: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    let refused = |path: String, reason: &str| ConfigError::Field { path, reason: reason.to_string() };
+    if names.len() > MAX_HEADERS {
+        return Err(refused(
+            "request_headers".to_string(),
+            "there are more than 16; name those that an attacker would use",
+        ));
+    }
+    let mut checked = Vec::with_capacity(names.len());
+    for (index, name) in names.into_iter().enumerate() {
+        let path = || format!("request_headers[{index}]");
+        // A token of RFC 9110 section 5.6.2; pseudo-headers are the target's.
+        let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+        if name.is_empty() || name.len() > 64 || !name.bytes().all(token) {
+            return Err(refused(path(), "not the name of a header"));
+        }
+        let name = name.to_ascii_lowercase();
+        if checked.contains(&name) {
+            return Err(refused(path(), "named twice"));
+        }
+        checked.push(name);
+    }
+    Ok(checked)
+}
+
 /// Messages that a stream learns from where the configuration does not say.
 const DEFAULT_LEARNED_MESSAGES: u32 = 1000;
 
@@ -329,6 +361,7 @@ impl Default for Document<'_> {
             share: true,
             pull: None,
             observations: None,
+            request_headers: Vec::new(),
             exclude: Vec::new(),
             limits: Limits::default(),
             uninspectable: Uninspectable::default(),
@@ -512,6 +545,7 @@ impl Document<'_> {
         };
         let actions =
             Rules::parse(self.actions).map_err(|(path, reason)| ConfigError::Field { path, reason })?;
+        let request_headers = header_names(self.request_headers)?;
         let exclusions = Exclusions::new(self.exclude)
             .map_err(|(index, error)| ConfigError::Exclusion { index, error })?;
         Ok(Config {
@@ -532,6 +566,7 @@ impl Document<'_> {
             max_body_bytes: limits.max_body_bytes,
             max_decoded_ratio: limits.max_decoded_ratio,
             max_decoder_bytes: limits.max_decoder_bytes,
+            request_headers,
             exclusions,
             uninspectable: self.uninspectable,
             report: self.report,
@@ -637,6 +672,8 @@ mod tests {
             (r#"{"alpha": 0.01"#, ["EOF", "line 1"]),
             (r#"{"actions": [{"stream": "*", "do": ["block"], "status": 1}]}"#, ["actions[0].status", "400"]),
             (r#"{"actions": [{"stream": "*", "do": ["hide"]}]}"#, ["actions[0].do[0]", "`block`"]),
+            (r#"{"request_headers": ["user-agent", ":path"]}"#, ["request_headers[1]", "not the name"]),
+            (r#"{"request_headers": ["user-agent", "User-Agent"]}"#, ["request_headers[1]", "twice"]),
             (r#"{"hold": {"max_bytes": 5}}"#, ["hold.max_bytes", "1024"]),
             (r#"[]"#, ["at the top", "invalid"]),
             (r#"{} {}"#, ["the end", "trailing"]),

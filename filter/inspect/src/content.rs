@@ -52,6 +52,8 @@ pub use style::{ApiStyle, Framing, Provider};
 pub enum Role {
     /// Request path and query.
     Target,
+    /// A selected request header: its name, a colon, a space and its first value.
+    Header,
     /// System or developer prompt.
     System,
     /// The user's turn; also any message whose role is missing, late or unknown, since that is the least
@@ -80,6 +82,7 @@ impl Role {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Target => "target",
+            Self::Header => "header",
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",

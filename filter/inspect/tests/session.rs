@@ -517,6 +517,55 @@ fn what_is_open_when_the_exchange_ends_was_cut_short() {
 }
 
 #[test]
+fn selected_headers_are_units_and_no_others_are() {
+    let ask = |host: &mut Scripted, plugin: &mut Plugin| {
+        pass(plugin, host, &question(3), &answer(3));
+        host.verdict("request").unwrap()
+    };
+    let odd = ("user-agent", "sqlmap/1.8#stable ${jndi:ldap://x} ' OR 1=1 --");
+    let with = |agent: (&'static str, &str)| {
+        let json = ("content-type", "application/json");
+        let request =
+            [(":method", "POST"), (":path", "/v1/chat/completions"), json, agent, ("cookie", "a=1")];
+        Scripted::new(&request, &[(":status", "200"), json])
+    };
+    let mut learning = plugin(json!({"request_headers": ["User-Agent", "referer"]}));
+    for i in 0..LEARNED {
+        let agent = format!("Mozilla/5.0 (X11; Linux) Shop/{}.{}", 3 + i % 2, i % 10);
+        pass(&mut learning, &mut with(("user-agent", &agent)), &question(i), &answer(i));
+    }
+    let mut config = parsed(json!({"request_headers": ["user-agent", "referer"]}));
+    config.snapshot = learning.detector().snapshot();
+    let mut selected = Plugin::new(config);
+    let verdict = ask(&mut with(("user-agent", "Mozilla/5.0 (X11; Linux) Shop/3.6")), &mut selected);
+    assert_eq!(verdict["outcome"], "normal", "{verdict}");
+    let verdict = ask(&mut with(odd), &mut selected);
+    assert_eq!((&verdict["outcome"], &verdict["unit"]), (&json!("anomalous"), &json!("header")), "{verdict}");
+    // A header that is not there is no unit; one that the proxy does not give is no silence.
+    let verdict = ask(&mut Scripted::chat(), &mut selected);
+    assert!(!verdict.to_string().contains("header"), "{verdict}");
+    // Switched off, as it is unless it is asked for.
+    let verdict = ask(&mut with(odd), &mut configured(json!({})));
+    assert!(!verdict.to_string().contains("header"), "{verdict}");
+}
+
+#[test]
+fn the_answer_is_read_as_the_api_that_its_request_turned_out_to_be_of() {
+    let json = ("content-type", "application/json");
+    let asked = |body: &str| {
+        let mut host =
+            Scripted::new(&[(":method", "POST"), (":path", "/llm/9"), json], &[(":status", "200"), json]);
+        let said =
+            r#"{"id": "m", "content": [{"type": "text", "text": "It left today."}], "role": "assistant"}"#;
+        pass(&mut plugin(json!({})), &mut host, body, said);
+        host.verdict("response").unwrap()["stream"].as_str().unwrap().to_owned()
+    };
+    let question = r#"{"anthropic_version": "x", "messages": [{"role": "user", "content": "Where?"}]}"#;
+    assert_eq!(asked(question), "default/response/anthropic.messages");
+    assert_eq!(asked(r#"{"q": "Where?"}"#), "default/response/json");
+}
+
+#[test]
 fn a_stream_after_its_last_event_is_complete_though_the_client_hung_up() {
     let said = |text: &str| {
         format!("data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{text}\"}}}}]}}\n\n")

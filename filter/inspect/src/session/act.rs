@@ -10,7 +10,7 @@ use super::report::{Stop, Taken, record_answer, structured_field, tell};
 use super::{End, Exchange, Plugin, REQUEST_VERDICT_HEADER, RESPONSE_VERDICT_HEADER, Step};
 use crate::config::Uninspectable;
 use crate::host::{Direction, Histogram, Host, HostError, Metric};
-use crate::refusal::{Refusal, blocked_message, refused_message};
+use crate::refusal::{Dialect, Refusal, blocked_message, refused_message};
 
 /// Nothing of this callback goes on.
 pub(super) fn swallow(host: &mut impl Host, direction: Direction) -> Step {
@@ -153,6 +153,11 @@ impl Exchange {
         let began_ns = host.now_ns();
         let cut_short = how == End::CutShort;
         let summary = inspection.end_of_body(plugin, cut_short);
+        if direction == Direction::Request && self.style.is_none() && inspection.style.is_some() {
+            // The path did not tell; the answer will be of the same API.
+            self.style = inspection.style;
+            self.dialect = Dialect::of(self.style);
+        }
         if inspection.lost && !cut_short && !inspection.plan.shadow {
             match direction {
                 Direction::Request => self.request = Some(inspection),

@@ -25,6 +25,8 @@ pub(super) struct Inspection {
     /// Undoes the body's content codings, if it has any.
     pub(super) decoder: Option<Decoder>,
     pub(super) framing: Framing,
+    /// Of which API it turned out to be, where it is of one.
+    pub(super) style: Option<ApiStyle>,
     /// As they came.
     pub(super) wire_bytes: u64,
     /// Decoded.
@@ -210,6 +212,7 @@ impl Inspection {
             parser,
             decoder,
             framing,
+            style: None,
             wire_bytes: 0,
             body_bytes: 0,
             defect,
@@ -246,6 +249,25 @@ impl Inspection {
 
     pub(super) fn is_stream(&self) -> bool {
         self.framing != Framing::Whole
+    }
+
+    /// Reads the request headers that the configuration selects. One that is not there is no unit.
+    pub(super) fn read_headers(&mut self, plugin: &Plugin, host: &impl Host) {
+        let Some(message) = &mut self.message else { return };
+        let mut feed = Feed::new(message, plugin.max_unit_bytes);
+        for (name, index) in plugin.request_headers.iter().zip(0u16..) {
+            match host.header(Direction::Request, name) {
+                Ok(None) => {}
+                Ok(Some(value)) => {
+                    let unit = Unit { role: Role::Header, index };
+                    feed.text(unit, &[name.as_bytes(), b": ", &value].concat(), 0);
+                    feed.end(unit);
+                }
+                Err(error) => {
+                    self.defect.get_or_insert(Defect::Host(error));
+                }
+            }
+        }
     }
 
     /// Reads what came. Returns whether the model has said something in it.
@@ -360,6 +382,7 @@ impl Inspection {
         let mut feed = Feed::new(message, plugin.max_unit_bytes);
         let result = parser.finish(&mut feed);
         let summary = parser.summary();
+        self.style = Some(parser.style()).filter(|style| style.has_schema());
         let stream = self.framing != Framing::Whole;
         match result {
             Ok(_) if cut_short && !(stream && summary.terminated) => {

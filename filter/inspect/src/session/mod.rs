@@ -75,6 +75,7 @@ pub struct Plugin {
     max_body_bytes: u64,
     max_unit_bytes: usize,
     decoding: decode::Limits,
+    request_headers: Vec<String>,
     exclusions: Exclusions,
     detector: Detector,
     keeper: Keeper,
@@ -159,6 +160,7 @@ impl Plugin {
                 max_ratio: config.max_decoded_ratio,
                 budget: decode::Budget::new(config.max_decoder_bytes),
             },
+            request_headers: config.request_headers,
             exclusions: config.exclusions,
             detector: Detector::new(config.settings, config.snapshot),
             keeper,
@@ -289,6 +291,7 @@ impl Exchange {
                 feed.text(target, &[method, &b" "[..], path].concat(), 0);
                 feed.end(target);
             }
+            inspection.read_headers(plugin, host);
         }
         if plugin.hold.headers {
             // The upstream is told by nobody else.
