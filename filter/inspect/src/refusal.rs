@@ -257,8 +257,8 @@ fn filled(template: &str, refusal: &Refusal<'_>, class: &str) -> String {
     out
 }
 
-/// A JSON string.
-fn quote(out: &mut String, text: &str) {
+/// Appends a JSON string.
+pub(crate) fn quote(out: &mut String, text: &str) {
     // A string always serialises.
     *out += &serde_json::to_string(text).unwrap_or_default();
 }

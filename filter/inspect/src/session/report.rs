@@ -4,13 +4,12 @@ use alloc::borrow::ToOwned;
 use alloc::format;
 use alloc::string::String;
 
-use driftlock_engine::evidence::{Outcome, Verdict};
-use serde::Serialize;
-
 use super::{Exchange, Plugin, filter_state};
 use crate::config::LogPolicy;
-use crate::content::Summary;
+use crate::content::{Label, Summary};
 use crate::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric};
+use crate::refusal::quote;
+use driftlock_engine::evidence::{Outcome, Verdict};
 
 /// What was done with a message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,19 +45,6 @@ impl Taken {
     }
 }
 
-/// The log line.
-#[derive(Serialize)]
-struct Line<'a> {
-    driftlock: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    action: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    model: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    finish_reason: Option<&'a str>,
-    verdict: &'a Verdict,
-}
-
 impl Exchange {
     pub(super) fn publish(
         &mut self,
@@ -74,8 +60,14 @@ impl Exchange {
         let action = taken.describe();
         // What the operator excluded is no news.
         let disabled = verdict.reason.as_deref() == Some(super::DISABLED);
+        let flagged = matches!(verdict.outcome, Outcome::Anomalous | Outcome::NotInspected) && !disabled;
+        let logged = match plugin.report.log {
+            LogPolicy::Never => false,
+            LogPolicy::Flagged => flagged || action.is_some(),
+            LogPolicy::Always => true,
+        };
         let observed = plugin.keeper.outbox().filter(|_| !disabled);
-        if observed.is_some() || plugin.report.filter_state {
+        if logged || observed.is_some() || plugin.report.filter_state {
             match verdict.to_json() {
                 Ok(json) => {
                     if let Some(outbox) = observed {
@@ -88,8 +80,15 @@ impl Exchange {
                     if plugin.report.filter_state {
                         tell(host, |host| host.set_filter_state(key, &json));
                     }
+                    if logged {
+                        let warn = verdict.outcome == Outcome::Anomalous || taken.stopped.is_some();
+                        let level = if warn { Level::Warn } else { Level::Info };
+                        host.log(level, &line(direction, action.as_deref(), summary, &json));
+                    }
                 }
-                Err(error) => unwritable(host, &error),
+                Err(error) => {
+                    host.log(Level::Error, &format!("driftlock: the verdict does not serialise: {error}"));
+                }
             }
         }
         if plugin.report.filter_state {
@@ -102,33 +101,30 @@ impl Exchange {
                 tell(host, |host| host.set_filter_state(filter_state::ACTION, actions));
             }
         }
-        let flagged = matches!(verdict.outcome, Outcome::Anomalous | Outcome::NotInspected) && !disabled;
-        let logged = match plugin.report.log {
-            LogPolicy::Never => false,
-            LogPolicy::Flagged => flagged || action.is_some(),
-            LogPolicy::Always => true,
-        };
-        if logged {
-            let line = Line {
-                driftlock: direction.as_str(),
-                action: action.as_deref(),
-                model: summary.and_then(|summary| summary.model.as_ref()).map(|model| model.as_str()),
-                finish_reason: summary
-                    .and_then(|summary| summary.finish_reason.as_ref())
-                    .map(|reason| reason.as_str()),
-                verdict,
-            };
-            let warn = verdict.outcome == Outcome::Anomalous || taken.stopped.is_some();
-            match serde_json::to_string(&line) {
-                Ok(json) => host.log(if warn { Level::Warn } else { Level::Info }, &json),
-                Err(error) => unwritable(host, &error),
-            }
-        }
     }
 }
 
-fn unwritable(host: &mut impl Host, error: &serde_json::Error) {
-    host.log(Level::Error, &format!("driftlock: the verdict does not serialise: {error}"));
+/// The log line, JSON: what was done, what the provider said, the verdict.
+fn line(direction: Direction, action: Option<&str>, summary: Option<&Summary>, verdict: &str) -> String {
+    let model = summary.and_then(|summary| summary.model.as_ref());
+    let reason = summary.and_then(|summary| summary.finish_reason.as_ref());
+    let mut line = format!("{{\"driftlock\":\"{}\"", direction.as_str());
+    for (name, value) in [
+        ("action", action),
+        ("model", model.map(Label::as_str)),
+        ("finish_reason", reason.map(Label::as_str)),
+    ] {
+        if let Some(value) = value {
+            line += ",\"";
+            line += name;
+            line += "\":";
+            quote(&mut line, value);
+        }
+    }
+    line += ",\"verdict\":";
+    line += verdict;
+    line.push('}');
+    line
 }
 
 /// Makes a host call whose failure must not stop the exchange. Says whether it went well.
