@@ -1,14 +1,12 @@
 //! Host calls that cannot panic.
 //!
-//! What: the few proxy-wasm imports (ABI 0.2.1) that the filter needs, each returning a status instead
-//! of panicking. Why: `proxy_wasm::hostcalls` panics on a status it does not expect, such as
-//! BadArgument for a header set too late, and a panic kills the VM for every stream on the worker.
+//! What: the few proxy-wasm imports (ABI 0.2.1) that the filter needs, each returning a status. Why not the
+//! published SDK's: they panic on a status that they do not expect, such as BadArgument for a header set too
+//! late, and a panic kills the VM for every stream on the worker.
 //!
 //! Cost: what the import costs, and one copy out of the host for reads.
 //!
 //! Left out on purpose: every call that the filter does not make.
-
-use std::time::Duration;
 
 use driftlock_inspect::baselines::Call;
 use driftlock_inspect::host::HostError;
@@ -108,6 +106,18 @@ unsafe extern "C" {
     fn proxy_increment_metric(id: u32, by: i64) -> u32;
     fn proxy_record_metric(id: u32, value: u64) -> u32;
     fn proxy_set_effective_context(context: u32) -> u32;
+    fn proxy_http_call(
+        cluster: *const u8,
+        cluster_size: usize,
+        headers: *const u8,
+        headers_size: usize,
+        body: *const u8,
+        body_size: usize,
+        trailers: *const u8,
+        trailers_size: usize,
+        timeout_ms: u32,
+        token: *mut u32,
+    ) -> u32;
     fn proxy_continue_stream(stream: u32) -> u32;
     fn proxy_send_local_response(
         status: u32,
@@ -130,8 +140,8 @@ fn owned(data: *mut u8, size: usize) -> Vec<u8> {
     if data.is_null() {
         return Vec::new();
     }
-    // SAFETY: the host obtained `data` from this module's `proxy_on_memory_allocate(size)` (the SDK's,
-    // a `Vec` of capacity `size`), wrote all `size` bytes, and gives up ownership by returning it.
+    // SAFETY: the host obtained `data` from this module's `abi::proxy_on_memory_allocate(size)` (a
+    // boxed slice of that length), wrote all `size` bytes, and gives up ownership by returning it.
     unsafe { Vec::from_raw_parts(data, size, size) }
 }
 
@@ -217,13 +227,26 @@ pub(crate) fn tick_every(milliseconds: u32) -> Result<(), HostError> {
     checked(unsafe { proxy_set_tick_period_milliseconds(milliseconds) })
 }
 
-/// Through the SDK, whose dispatcher hands out answers to the calls it knows only. It panics on statuses
-/// that are neither BadArgument nor InternalFailure; Envoy and Driftlock's host give no others.
+/// Calls a cluster of the proxy's; the answer comes with the returned number.
 pub(crate) fn call(call: &Call<'_>) -> Result<u32, HostError> {
-    let timeout = Duration::from_millis(u64::from(call.timeout_ms));
-    let body = (!call.body.is_empty()).then_some(call.body);
-    proxy_wasm::hostcalls::dispatch_http_call(call.cluster, call.headers.to_vec(), body, Vec::new(), timeout)
-        .map_err(|status| HostError(status as u32))
+    let (headers, trailers) = (serialised(call.headers), serialised(&[]));
+    let mut token = 0;
+    // SAFETY: pointers and lengths are of live slices, which the host only reads; the out-pointer is a live local.
+    checked(unsafe {
+        proxy_http_call(
+            call.cluster.as_ptr(),
+            call.cluster.len(),
+            headers.as_ptr(),
+            headers.len(),
+            call.body.as_ptr(),
+            call.body.len(),
+            trailers.as_ptr(),
+            trailers.len(),
+            call.timeout_ms,
+            &mut token,
+        )
+    })
+    .map(|()| token)
 }
 
 /// `path` is one element: a NUL inside it would split it.

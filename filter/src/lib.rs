@@ -10,6 +10,7 @@
 //! Left out on purpose: anything a test could not run without a proxy.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod abi;
 mod hostcall;
 mod proxy;
 mod watchdog;
@@ -22,19 +23,7 @@ use driftlock_inspect::host::{Direction, Host, HostError, Metric};
 use driftlock_inspect::session::{Exchange, Plugin, Step};
 use hostcall::{BufferType, MapType};
 use proxy::{MetricIds, Proxy};
-use proxy_wasm::traits::{Context, HttpContext, RootContext};
-use proxy_wasm::types::{Action, ContextType, LogLevel};
 use watchdog::Watchdog;
-
-mod start {
-    #![allow(missing_docs, reason = "the macro's exports are the ABI's")]
-    use super::*;
-
-    proxy_wasm::main! {{
-        proxy_wasm::set_log_level(LogLevel::Info);
-        proxy_wasm::set_root_context(|id| Box::new(Root::new(id)));
-    }}
-}
 
 struct Root {
     /// Filled by `on_configure`, shared with the streams. A stream keeps the plugin it began with.
@@ -55,10 +44,8 @@ impl Root {
             work(&mut plugin, &mut proxy);
         }
     }
-}
 
-impl Context for Root {
-    fn on_http_call_response(&mut self, token: u32, _headers: usize, body: usize, _trailers: usize) {
+    fn answered(&mut self, token: u32, body: usize) {
         // Without a response there are no headers to ask for.
         let status = hostcall::header(MapType::CallAnswer, ":status").ok().flatten();
         let status = status.and_then(|status| std::str::from_utf8(&status).ok()?.parse().ok());
@@ -68,10 +55,8 @@ impl Context for Root {
             Answer { status: status.filter(|_| body.is_ok()), body: body.as_deref().unwrap_or_default() };
         self.with(|plugin, proxy| plugin.answered(token, answer, hostcall::now_ns(), proxy));
     }
-}
 
-impl RootContext for Root {
-    fn on_configure(&mut self, size: usize) -> bool {
+    fn configure(&mut self, size: usize) -> bool {
         let configured = hostcall::buffer(BufferType::PluginConfiguration, 0, size)
             .map_err(|error| error.to_string())
             .and_then(|bytes| Plugin::configure(&bytes).map_err(|error| error.to_string()));
@@ -97,27 +82,19 @@ impl RootContext for Root {
         }
     }
 
-    fn on_tick(&mut self) {
+    fn tick(&mut self) {
         self.with(|plugin, proxy| plugin.tick(hostcall::now_ns(), proxy));
         self.watchdog.tick();
     }
 
-    fn create_http_context(&self, context_id: u32) -> Option<Box<dyn HttpContext>> {
+    fn stream(&self, context_id: u32) -> Stream {
         let passing = Passing {
             plugin: self.plugin.clone(),
             exchange: Exchange::default(),
             host: Proxy { metrics: Rc::clone(&self.metrics) },
             held_bytes: [0; 2],
         };
-        Some(Box::new(Stream {
-            context_id,
-            passing: Rc::new(RefCell::new(passing)),
-            watchdog: Rc::clone(&self.watchdog),
-        }))
-    }
-
-    fn get_type(&self) -> Option<ContextType> {
-        Some(ContextType::HttpContext)
+        Stream { context_id, passing: Rc::new(RefCell::new(passing)), watchdog: Rc::clone(&self.watchdog) }
     }
 }
 
@@ -182,10 +159,10 @@ impl Passing {
 }
 
 impl Stream {
-    fn with(&self, callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step) -> Action {
+    fn with(&self, callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step) -> Step {
         match self.passing.try_borrow_mut() {
-            Ok(mut passing) => action(passing.with(Step::Forward, callback)),
-            Err(_) => Action::Continue,
+            Ok(mut passing) => passing.with(Step::Forward, callback),
+            Err(_) => Step::Forward,
         }
     }
 
@@ -194,19 +171,19 @@ impl Stream {
         &self,
         direction: Direction,
         callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step,
-    ) -> Action {
-        let Ok(mut passing) = self.passing.try_borrow_mut() else { return Action::Continue };
+    ) -> Step {
+        let Ok(mut passing) = self.passing.try_borrow_mut() else { return Step::Forward };
         let step = passing.with(Step::Forward, callback);
         if step == Step::Hold {
             self.watchdog.watch(self.context_id, direction, Rc::downgrade(&self.passing));
         }
-        action(step)
+        step
     }
 
-    fn body(&self, direction: Direction, size: usize, end_of_stream: bool) -> Action {
+    fn body(&self, direction: Direction, size: usize, end_of_stream: bool) -> Step {
         match self.passing.try_borrow_mut() {
-            Ok(mut passing) => action(passing.body(direction, size, end_of_stream)),
-            Err(_) => Action::Continue,
+            Ok(mut passing) => passing.body(direction, size, end_of_stream),
+            Err(_) => Step::Forward,
         }
     }
 
@@ -218,13 +195,6 @@ impl Stream {
     }
 }
 
-fn action(step: Step) -> Action {
-    match step {
-        Step::Forward => Action::Continue,
-        Step::Hold | Step::Answered => Action::Pause,
-    }
-}
-
 /// Body bytes from `start` to `size`; fewer than that is an error, for what is missing was not seen.
 fn body(kind: BufferType, start: usize, size: usize) -> Result<Vec<u8>, HostError> {
     let wanted = size.checked_sub(start).ok_or(hostcall::BAD_ARGUMENT)?;
@@ -233,46 +203,4 @@ fn body(kind: BufferType, start: usize, size: usize) -> Result<Vec<u8>, HostErro
     }
     let bytes = hostcall::buffer(kind, start, wanted)?;
     if bytes.len() == wanted { Ok(bytes) } else { Err(hostcall::BAD_ARGUMENT) }
-}
-
-impl Context for Stream {
-    fn on_done(&mut self) -> bool {
-        // Envoy has called on_log before; another host may not.
-        self.done();
-        true
-    }
-}
-
-impl HttpContext for Stream {
-    fn on_http_request_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
-        self.headers(Direction::Request, |exchange, plugin, host| {
-            exchange.request_headers(plugin, host, end_of_stream)
-        })
-    }
-
-    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
-        self.body(Direction::Request, size, end_of_stream)
-    }
-
-    fn on_http_request_trailers(&mut self, _count: usize) -> Action {
-        self.with(|exchange, plugin, host| exchange.request_trailers(plugin, host))
-    }
-
-    fn on_http_response_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
-        self.headers(Direction::Response, |exchange, plugin, host| {
-            exchange.response_headers(plugin, host, end_of_stream)
-        })
-    }
-
-    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
-        self.body(Direction::Response, size, end_of_stream)
-    }
-
-    fn on_http_response_trailers(&mut self, _count: usize) -> Action {
-        self.with(|exchange, plugin, host| exchange.response_trailers(plugin, host))
-    }
-
-    fn on_log(&mut self) {
-        self.done();
-    }
 }

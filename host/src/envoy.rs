@@ -631,7 +631,9 @@ fn bootstrap(options: &EnvoyOptions, access_log: &Path, listener_path: &Path) ->
     let callouts = options.callout_clusters.iter();
     let callouts = callouts.map(|(name, address, http2)| cluster(name, *address, *http2, options));
     let clusters: Vec<Value> =
-        std::iter::once(cluster("upstream", options.upstream, options.upstream_http2, options)).chain(callouts).collect();
+        std::iter::once(cluster("upstream", options.upstream, options.upstream_http2, options))
+            .chain(callouts)
+            .collect();
     let mut bootstrap = json!({
         "admin": {"address": loopback_any_port()},
         // Names this proxy to the filter.

@@ -139,7 +139,9 @@ fn apis() -> Vec<Api> {
                     |text| json!({"model": "m", "message": {"role": "assistant", "content": text}, "done": false}),
                 ),
             )),
-            last: Some("{\"model\":\"m\",\"message\":{\"role\":\"assistant\",\"content\":\"\"},\"done\":true}\n"),
+            last: Some(
+                "{\"model\":\"m\",\"message\":{\"role\":\"assistant\",\"content\":\"\"},\"done\":true}\n",
+            ),
             error: "/error",
         },
         Api {

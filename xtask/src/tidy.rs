@@ -68,7 +68,7 @@ const RULES: &[Rule] = &[
     },
     Rule {
         package: "driftlock-filter",
-        only: Some(&["driftlock-inspect", "driftlock-engine", "proxy-wasm"]),
+        only: Some(&["driftlock-inspect", "driftlock-engine"]),
         never: RUNTIMES,
         why: "the filter only joins host calls to inspect",
     },
