@@ -226,6 +226,14 @@ struct Row {
     error: &'static str,
 }
 
+impl Row {
+    /// The last word of what is redacted waits for what follows it, or for the end of its coding, and nothing
+    /// can be written at trailers: such an answer is broken off.
+    fn waits_at_trailers(&self) -> bool {
+        !self.delivery.trailers.is_empty() && (!self.says_its_end || self.coding != Coding::Identity)
+    }
+}
+
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for api in apis() {
@@ -382,13 +390,15 @@ async fn what_is_not_redacted_or_refused_arrives_as_it_was_sent() {
                 if recoded && row.coding != Coding::Identity {
                     continue;
                 }
+                if mode.starts_with("redact") && row.waits_at_trailers() {
+                    continue;
+                }
                 let observed = pass(&proxy, &row).await;
                 unchanged(&row, &observed, &mode);
                 let tags = observed.answer.all("x-driftlock-request");
                 assert_eq!(tags.len(), usize::from(told), "{}, {mode}: {tags:?}", row.what);
                 // Only HTTP/2 clients can be counted on to read trailers.
-                let trailer =
-                    told && row.streamed && version == Version::Http2 && !mode.starts_with("not sampled");
+                let trailer = told && version == Version::Http2 && !mode.starts_with("not sampled");
                 let told = observed.answer.trailers.iter().filter(|(name, _)| name == "x-driftlock-response");
                 assert_eq!(told.count(), usize::from(trailer), "{}, {mode}", row.what);
             }
@@ -423,8 +433,7 @@ async fn what_is_redacted_is_json_without_the_secret() {
             let mut messages = 0;
             for row in rows() {
                 let what = format!("{}, {mode}, {version:?}", row.what);
-                if !row.delivery.trailers.is_empty() && !row.says_its_end {
-                    // The last word waits for what follows it, and nothing can be written at trailers.
+                if row.waits_at_trailers() {
                     continue;
                 }
                 let observed = pass(&proxy, &row).await;
