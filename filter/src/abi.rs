@@ -137,7 +137,11 @@ pub(crate) extern "C" fn proxy_on_request_trailers(context_id: u32, _trailers: u
 
 /// Headers of the response.
 #[unsafe(no_mangle)]
-pub(crate) extern "C" fn proxy_on_response_headers(context_id: u32, _headers: u32, end_of_stream: u32) -> u32 {
+pub(crate) extern "C" fn proxy_on_response_headers(
+    context_id: u32,
+    _headers: u32,
+    end_of_stream: u32,
+) -> u32 {
     action(stream(context_id).map(|stream| {
         stream.headers(Direction::Response, |exchange, plugin, host| {
             exchange.response_headers(plugin, host, end_of_stream != 0)

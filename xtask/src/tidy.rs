@@ -30,6 +30,7 @@ const RULES: &[Rule] = &[
         only: Some(&[
             "libm",
             "memchr",
+            "wide",
             "serde",
             "sha2",
             "thiserror",
