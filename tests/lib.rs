@@ -11,6 +11,7 @@
 //! purpose: load (see `benches/`) and skipping. A test that lacks the filter or Envoy fails and names the
 //! command that installs it.
 
+pub mod attach;
 pub mod drive;
 pub mod proxy;
 pub mod wire;

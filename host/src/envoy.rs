@@ -434,8 +434,9 @@ impl Drop for Envoy {
     }
 }
 
-/// Listener and admin address once Envoy is live; `None` as long as it is not.
-fn read_addresses(admin_path: &Path) -> Option<(SocketAddr, SocketAddr)> {
+/// Listener and admin address of the Envoy that writes its admin address to `admin_path`, once it is live;
+/// `None` as long as it is not.
+pub fn read_addresses(admin_path: &Path) -> Option<(SocketAddr, SocketAddr)> {
     let admin: SocketAddr = std::fs::read_to_string(admin_path).ok()?.trim().parse().ok()?;
     let (status, _) = admin_request(admin, "GET", "/ready").ok()?;
     if status != 200 {
@@ -451,7 +452,10 @@ fn read_addresses(admin_path: &Path) -> Option<(SocketAddr, SocketAddr)> {
 
 /// One request to the admin interface: status and body. Envoy refuses HTTP/1.0, so the answer may be
 /// chunked; it ends with the connection in any case.
-fn admin_request(address: SocketAddr, method: &str, path: &str) -> io::Result<(u16, String)> {
+///
+/// # Errors
+/// Those of the connection, and `InvalidData` for what is no HTTP.
+pub fn admin_request(address: SocketAddr, method: &str, path: &str) -> io::Result<(u16, String)> {
     let timeout = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address, timeout)?;
     stream.set_read_timeout(Some(timeout))?;

@@ -17,13 +17,22 @@ const WASM: &str = ".wasm.v3.Wasm";
 /// A filter's configuration without Envoy's types, as Istio's patches often have it.
 const TYPED_STRUCT: &str = ".TypedStruct";
 
-/// Checks a document. `text` is the whole file.
-pub(super) fn check(document: &Node, text: &str, report: &mut Report) {
+/// Who fetches a remote module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fetcher {
+    /// Envoy itself, which wants its digest.
+    Envoy,
+    /// Istio's agent, which also takes an image without one.
+    Agent,
+}
+
+/// Checks a document, or the part of one that stands at `path`. `text` is the whole file.
+pub(super) fn check(document: &Node, path: &str, text: &str, fetcher: Fetcher, report: &mut Report) {
     let mut filters = Vec::new();
-    find(document, String::new(), &mut filters);
+    find(document, path.to_owned(), &mut filters);
     let clusters = static_clusters(document);
     for (path, config) in filters {
-        check_plugin(config, &path, clusters.as_deref(), text, report);
+        check_plugin(config, &path, clusters.as_deref(), text, fetcher, report);
     }
 }
 
@@ -56,7 +65,14 @@ fn static_clusters(document: &Node) -> Option<Vec<&str>> {
     (!dynamic).then(|| clusters.iter().filter_map(|cluster| cluster.text(&["name"])).collect())
 }
 
-fn check_plugin(config: &Node, path: &str, clusters: Option<&[&str]>, text: &str, report: &mut Report) {
+fn check_plugin(
+    config: &Node,
+    path: &str,
+    clusters: Option<&[&str]>,
+    text: &str,
+    fetcher: Fetcher,
+    report: &mut Report,
+) {
     let code = ["vm_config", "code"];
     let code = |rest: [&'static str; 2]| config.text(&[code[0], code[1], rest[0], rest[1]]);
     let remote = config.text(&["vm_config", "code", "remote", "http_uri", "uri"]);
@@ -74,7 +90,10 @@ fn check_plugin(config: &Node, path: &str, clusters: Option<&[&str]>, text: &str
         let problem = "not given, so Envoy's default: all requests get 503 while the filter is broken. Say FAIL_OPEN or FAIL_CLOSED";
         report.warn(config.place, join(path, "failure_policy"), problem);
     }
-    if remote.is_some() && config.text(&["vm_config", "code", "remote", "sha256"]).is_none_or(str::is_empty) {
+    if fetcher == Fetcher::Envoy
+        && remote.is_some()
+        && config.text(&["vm_config", "code", "remote", "sha256"]).is_none_or(str::is_empty)
+    {
         let problem = "not given; Envoy fetches no remote module without it. Say what `sha256sum` says of it";
         report.error(
             config.place_of("vm_config.code.remote"),

@@ -71,7 +71,7 @@ pub(super) fn check(document: &Node, text: &str, report: &mut Report) {
             known(spec, "spec", &["workloadSelector", "targetRefs", "configPatches", "priority"], report);
             targets(spec, &["workloadSelector", "targetRefs"], report);
             patches(spec, report);
-            envoy::check(spec, text, report);
+            envoy::check(spec, "spec", text, envoy::Fetcher::Agent, report);
         }
         "Telemetry" => {
             known(

@@ -154,7 +154,7 @@ pub fn check(text: &str, path: &Path) -> Report {
         if has("apiVersion") && has("kind") {
             istio::check(document, text, &mut report);
         } else if ENVOY_FIELDS.iter().any(|name| has(name)) {
-            envoy::check(document, text, &mut report);
+            envoy::check(document, "", text, envoy::Fetcher::Envoy, &mut report);
         } else if has("listeners") && (has("upstreams") || has("routes")) {
             check_gateway(document, path, &mut report);
         } else {
@@ -316,6 +316,10 @@ mod tests {
 
     #[test]
     fn what_envoy_would_let_down_without_a_word_is_said() {
+        let hold = format!("{CONFIGURATION}'{{\"hold\": {{\"headers\": true}}}}'}}");
+        refused(&bootstrap(&hold), "11:17: ", "allow_on_headers_stop_iteration: true");
+        let consent = format!("                allow_on_headers_stop_iteration: true\n{hold}");
+        assert_eq!(errors(&bootstrap(&consent)), [""; 0]);
         let pull = bootstrap(&format!("{CONFIGURATION}'{{\"pull\": {{\"cluster\": \"driftlock\"}}}}'}}"));
         refused(&pull, "13:17: ", "no cluster \"driftlock\"");
         assert_eq!(errors(&pull.replace("- {name: llm}", "- {name: driftlock}")), [""; 0]);
@@ -372,6 +376,11 @@ spec:
                 "8:14: spec.pluginConfig.limits.max_streams: ",
                 "less than 1",
             ),
+            (
+                "  pluginConfig: {hold: {headers: true}}",
+                "7:25: spec.pluginConfig.hold.headers: ",
+                "EnvoyFilter",
+            ),
             ("  type: NETWORK", "7:3: spec.type: ", "HTTP"),
         ] {
             refused(&wasm_plugin(lines), begins, says);
@@ -404,7 +413,6 @@ spec:
         };
         let typed = "{typed_config: {\"@type\": type.googleapis.com/udpa.type.v1.TypedStruct, type_url: type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm, value: {config: {name: driftlock, failure_policy: FAIL_OPEN, configuration: {\"@type\": type.googleapis.com/google.protobuf.StringValue, value: '{\"alpha\": 3}'}}}}}";
         let path = "spec.configPatches[0].patch.value.typed_config.value.config.configuration.value.alpha";
-        let path = path.strip_prefix("spec.").unwrap();
         let errors = errors(&filter("  priority: 1", typed));
         assert!(errors.len() == 1 && errors[0].contains(path), "{errors:?}");
         refused(
