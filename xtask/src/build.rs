@@ -22,16 +22,7 @@ pub(crate) struct Dist {
 /// Builds both, copies them to `dist/`, prints their sizes, and fails when the filter is over its
 /// budget.
 pub(crate) fn build(workspace: &Workspace) -> Result<Dist, Failure> {
-    add_target(GUEST)?;
-    run(&mut workspace.cargo([
-        "build",
-        "--package",
-        "driftlock-filter",
-        "--profile",
-        "filter",
-        "--target",
-        GUEST,
-    ]))?;
+    let built = filter(workspace)?;
     run(&mut workspace.cargo(["build", "--package", "driftlock-host", "--release"]))?;
 
     let folder = workspace.root.join("dist");
@@ -39,8 +30,7 @@ pub(crate) fn build(workspace: &Workspace) -> Result<Dist, Failure> {
     let name = format!("driftlock{}", std::env::consts::EXE_SUFFIX);
     let dist = Dist { binary: folder.join(&name), filter: folder.join("driftlock_filter.wasm") };
     let binary_bytes = place(&workspace.target.join("release").join(&name), &dist.binary)?;
-    let filter_bytes =
-        place(&workspace.target.join(GUEST).join("filter/driftlock_filter.wasm"), &dist.filter)?;
+    let filter_bytes = place(&built, &dist.filter)?;
     eprintln!("   dist/{name}: {:.1} MiB", binary_bytes as f64 / 1_048_576.0);
     eprintln!("   dist/driftlock_filter.wasm: {} KiB", filter_bytes / 1024);
     if filter_bytes > FILTER_MAX_BYTES {
@@ -49,6 +39,22 @@ pub(crate) fn build(workspace: &Workspace) -> Result<Dist, Failure> {
         )));
     }
     Ok(dist)
+}
+
+/// Builds the filter and returns where it is. Its bytes are the same whatever the folders are called: what is in its
+/// panic messages of them is given a name of its own.
+pub(crate) fn filter(workspace: &Workspace) -> Result<PathBuf, Failure> {
+    add_target(GUEST)?;
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
+    let remap = |from: &Path, to: &str| format!("'--remap-path-prefix={}={to}'", from.display());
+    let flags = [remap(&workspace.root, "/driftlock"), remap(&cargo_home, "/cargo")].join(", ");
+    let profile = ["--profile", "filter", "--target", GUEST];
+    // As configuration these join the flags in .cargo/config.toml; the environment's would replace them.
+    let mut cargo = workspace.cargo(["build", "--package", "driftlock-filter", "--config"]);
+    cargo.arg(format!("target.{GUEST}.rustflags=[{flags}]")).arg("--target-dir").arg(&workspace.target);
+    run(cargo.args(profile))?;
+    Ok(workspace.target.join(GUEST).join("filter/driftlock_filter.wasm"))
 }
 
 /// Builds, then runs `driftlock demo` with the arguments given.

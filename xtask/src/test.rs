@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::build::{self, Dist, GUEST};
 use crate::command::{Failure, Workspace, output, run, succeeds};
-use crate::{clients, debian, envoy, tidy};
+use crate::{clients, debian, envoy, example, manifests, package, tidy};
 
 /// A bare-metal target: it has no `std` at all, so a crate that builds for it needs none.
 const BARE_METAL: &str = "thumbv7em-none-eabi";
@@ -178,16 +178,24 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
         })?;
     }
 
-    let Dist { binary, filter } = steps.step("build", || build::build(workspace))?;
+    let dist = steps.step("build", || build::build(workspace))?;
+    let Dist { binary, filter } = &dist;
     let envoy = steps.step("install Envoy", || envoy::install(workspace))?;
     let code_lengths = workspace.target.join(GUEST).join("debug/examples/code_lengths.wasm");
     let clients = steps.step("install clients", || clients::install(workspace))?;
+    let manifests = steps.step("install what manifests are checked by", || manifests::install(workspace))?;
+    let packed = steps.step("package", || {
+        package::check_reproducible(workspace, &dist)?;
+        package::pack(workspace, &dist, false)
+    })?;
     let with_products = |command: &mut Command| {
         run(command
             .env("DRIFTLOCK_CODE_LENGTHS", &code_lengths)
-            .env("DRIFTLOCK_BINARY", &binary)
-            .env("DRIFTLOCK_FILTER", &filter)
+            .env("DRIFTLOCK_BINARY", binary)
+            .env("DRIFTLOCK_FILTER", filter)
             .env(clients::PYTHON_VARIABLE, &clients)
+            .env(manifests::FOLDER_VARIABLE, &manifests)
+            .env(package::FOLDER_VARIABLE, &packed)
             .env(envoy::BINARY_VARIABLE, &envoy))
     };
     // Guests written with the published SDK are built by the host's tests for this target too.
@@ -211,13 +219,19 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             "envoy",
         ]))
     })?;
-    steps.step("the test kit from outside the workspace", || example(workspace))?;
+    steps.step("the test kit from outside the workspace", || test_kit(workspace))?;
     steps.step("documentation of driftlock-host", || {
         run(workspace
             .cargo(["doc", "--quiet", "--release", "--no-deps", "--lib", "--package", "driftlock-host"])
             .env("RUSTDOCFLAGS", "-D warnings"))
     })?;
-    steps.step("envoy/minimal.yaml is valid", || validate_minimal(workspace, &envoy))
+    steps.step("golden verdicts of the packaged filter", || {
+        let golden = ["test", "--release", "--quiet", "--package", "driftlock-tests", "--test", "golden"];
+        let module = packed.join(package::FILTER);
+        run(workspace.cargo(golden).env("DRIFTLOCK_FILTER", module).env("DRIFTLOCK_BINARY", &dist.binary))
+    })?;
+    steps.step("the LLM gateway example", || example::run_gateway(workspace, &dist))?;
+    steps.step("envoy/README.md, word for word", || example::follow_readme(workspace))
 }
 
 /// What the engine makes of random traffic, here and on s390x: 64 bits, big-endian, under qemu.
@@ -246,18 +260,10 @@ fn same_bytes(workspace: &Workspace) -> Result<(), Failure> {
 
 /// The example is a workspace of its own. With this workspace's lock file, profile and target directory
 /// it uses the dependencies that are compiled already.
-fn example(workspace: &Workspace) -> Result<(), Failure> {
+fn test_kit(workspace: &Workspace) -> Result<(), Failure> {
     let folder = workspace.root.join("examples/proxy-wasm-test");
     std::fs::copy(workspace.root.join("Cargo.lock"), folder.join("Cargo.lock"))
         .map_err(|error| Failure::file("copy Cargo.lock to", &folder, &error))?;
     let mut test = workspace.cargo(["test", "--quiet", "--release", "--target-dir"]);
     run(test.arg(&workspace.target).current_dir(folder))
-}
-
-/// Envoy's own check of the file an operator starts from. It names the filter by a path relative to
-/// the workspace's root.
-fn validate_minimal(workspace: &Workspace, envoy: &std::path::Path) -> Result<(), Failure> {
-    run(Command::new(envoy)
-        .args(["--mode", "validate", "--log-level", "error", "-c", "envoy/minimal.yaml"])
-        .current_dir(&workspace.root))
 }
