@@ -114,7 +114,7 @@ fn case(number: usize) -> Case {
             delivery.chunked = true;
         }
         Fault::UpstreamDies => {
-            if odd % 2 == 0 {
+            if odd.is_multiple_of(2) {
                 response = answer(&event_type, stream.into_bytes());
             }
             delivery.die_after_bytes = Some(1 + number % (response.body.len() - 1));
