@@ -121,7 +121,7 @@ fn the_sboms_are_valid_and_name_what_is_linked() {
     let [python, script] = [python, script].map(|path| path.display().to_string());
     said(&run(&python, &[&script, "filter.cdx.json", "driftlock.cdx.json"]));
     for (file, linked, absent) in [
-        ("filter.cdx.json", ["proxy-wasm", "driftlock-engine"], "wasmtime"),
+        ("filter.cdx.json", ["driftlock-inspect", "driftlock-engine"], "wasmtime"),
         ("driftlock.cdx.json", ["wasmtime", "hyper"], "proptest"),
     ] {
         let document = json(file);
