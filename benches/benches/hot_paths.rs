@@ -48,7 +48,7 @@ fn filter_exchange(c: &mut Criterion) {
     let exchanges: Vec<Exchange> = traffic.into_iter().map(|labelled| labelled.exchange).collect();
     let config = |bytes: &[u8]| Config::parse(bytes).expect("a configuration");
     let snapshot = train(exchanges.clone(), config(b""), 0).expect("a baseline").snapshot.encode();
-    let quiet = serde_json::json!({"report": {"log": "never", "response_headers": false}});
+    let quiet = serde_json::json!({"report": {"log": "never"}});
     let configuration = with_baseline(&quiet, Some(&snapshot));
     let chat = exchanges.into_iter().find(|it| it.request.target.starts_with("/v1/chat"));
     let exchange = wire::on_the_wire(chat.expect("the generator makes chats")).expect("it can be sent");

@@ -116,7 +116,7 @@ pub(super) struct InWasm {
 pub(super) fn in_wasm(filter: &Path, exchanges: &[Exchange], budget: Duration) -> Result<InWasm, BenchError> {
     // The recorded exchanges are of many streams, so few of each calibrate.
     let snapshot = train(exchanges.to_vec(), config(br#"{"alpha": 0.02}"#)?, 0)?.snapshot.encode();
-    let quiet = json!({"alpha": 0.02, "learn": null, "report": {"log": "never", "response_headers": false}});
+    let quiet = json!({"alpha": 0.02, "learn": null, "report": {"log": "never"}});
     let configuration = with_baseline(&quiet, Some(&snapshot));
     let mut plugin = Plugin::new(config(&configuration)?);
     let module = Module::compile(&std::fs::read(filter)?).map_err(replay::ReplayError::from)?;
