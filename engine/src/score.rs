@@ -387,7 +387,7 @@ impl UnitScorer {
     /// without escapes advances one for one.
     pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64) {
         let Self { normaliser, gathered, accounts } = self;
-        let mut block = Block::default();
+        let mut block = None;
         normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, &mut block));
     }
 
@@ -400,7 +400,7 @@ impl UnitScorer {
     /// unit that comes in one piece.
     pub fn finish_with(self, model: &UnitModel, text: &[u8], body_offset: u64) -> UnitScores {
         let Self { normaliser, mut gathered, mut accounts } = self;
-        let mut block = Block::default();
+        let mut block = None;
         let emit = &mut |piece: Piece<'_>| accounts.gather(model, &mut gathered, &piece, &mut block);
         normaliser.finish_with(text, body_offset, emit);
         accounts.flush(model, &mut gathered, &mut block);
@@ -410,7 +410,13 @@ impl UnitScorer {
 }
 
 impl Accounts {
-    fn gather(&mut self, model: &UnitModel, gathered: &mut Gathered, piece: &Piece<'_>, block: &mut Block) {
+    fn gather(
+        &mut self,
+        model: &UnitModel,
+        gathered: &mut Gathered,
+        piece: &Piece<'_>,
+        block: &mut Option<Block>,
+    ) {
         self.scores.source_bytes += piece.source_len;
         let mut done = 0;
         while done < piece.text.len() {
@@ -421,12 +427,13 @@ impl Accounts {
         }
     }
 
-    /// Scores what was gathered.
-    fn flush(&mut self, model: &UnitModel, gathered: &mut Gathered, block: &mut Block) {
+    /// Scores what was gathered. The block is made when the first is due: most pieces of a stream fill none.
+    fn flush(&mut self, model: &UnitModel, gathered: &mut Gathered, block: &mut Option<Block>) {
         let text = gathered.text();
         if text.is_empty() {
             return;
         }
+        let block = block.get_or_insert_default();
         model.coder.cost_block(&mut self.state, text, block);
         self.scores.peak_sum += block.peak_sum();
         self.scores.bytes += text.len() as u64;

@@ -298,19 +298,7 @@ impl Exchange {
             tell(host, |host| host.remove_header(Direction::Request, REQUEST_VERDICT_HEADER));
         }
         let ended = end_of_stream || plugin.refuses(&inspection);
-        if !ended {
-            self.prepare(plugin, host, &mut inspection);
-        }
-        let hold = inspection.hold;
-        inspection.scoring_ns = elapsed(host, began_ns);
-        self.request = Some(inspection);
-        if ended {
-            self.end(plugin, host, Direction::Request, End::Headers)
-        } else if hold == Hold::Headers {
-            Step::Hold
-        } else {
-            Step::Forward
-        }
+        self.begun(plugin, host, inspection, ended, began_ns)
     }
 
     /// More of the request's body; `chunk` holds only what no earlier call brought, or
@@ -372,16 +360,31 @@ impl Exchange {
                 Reading::new(plugin, codings, BodyParser::for_response(self.style, content_type))
             }
         };
-        let mut inspection = Inspection::begin(plugin, Direction::Response, reading.map(Some));
+        let inspection = Inspection::begin(plugin, Direction::Response, reading.map(Some));
         let ended = upgraded || plugin.refuses(&inspection);
+        self.begun(plugin, host, inspection, ended, began_ns)
+    }
+
+    /// A message's head has been read; `ended` tells that nothing of it is to be waited for.
+    fn begun<H: Host>(
+        &mut self,
+        plugin: &mut Plugin,
+        host: &mut H,
+        mut inspection: Inspection,
+        ended: bool,
+        began_ns: Option<u64>,
+    ) -> Step {
         if !ended {
             self.prepare(plugin, host, &mut inspection);
         }
-        let hold = inspection.hold;
+        let (direction, hold) = (inspection.direction, inspection.hold);
         inspection.scoring_ns = elapsed(host, began_ns);
-        self.response = Some(inspection);
+        match direction {
+            Direction::Request => self.request = Some(inspection),
+            Direction::Response => self.response = Some(inspection),
+        }
         if ended {
-            self.end(plugin, host, Direction::Response, End::Headers)
+            self.end(plugin, host, direction, End::Headers)
         } else if hold == Hold::Headers {
             Step::Hold
         } else {
