@@ -49,6 +49,17 @@ pub fn filter() -> PathBuf {
     path
 }
 
+/// The driftlock program: the one that `DRIFTLOCK_BINARY` names, else that of `dist/`.
+///
+/// # Panics
+/// If it is not there, naming the command that builds it.
+pub fn program() -> PathBuf {
+    let path = std::env::var_os("DRIFTLOCK_BINARY")
+        .map_or_else(|| workspace().join("dist/driftlock"), PathBuf::from);
+    assert!(path.is_file(), "there is no program at {}: run `cargo xtask build`", path.display());
+    path
+}
+
 /// The filter module, compiled once a test program.
 ///
 /// # Panics

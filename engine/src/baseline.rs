@@ -609,7 +609,7 @@ impl<'a> Reader<'a> {
         if !quantiles.is_sorted() {
             return Err(SnapshotError::Unsorted(self.at));
         }
-        Ok(Tail { units, beyond, threshold, scale, quantiles })
+        Ok(Tail::new(units, beyond, threshold, scale, quantiles))
     }
 
     fn stream(&mut self) -> Result<StreamBaseline, SnapshotError> {

@@ -140,8 +140,15 @@ impl Spread {
         // The square root in 1/256 bit, from as many high bits as fit a word.
         let shift = (128 - variance.leading_zeros()).saturating_sub(62).next_multiple_of(2);
         let deviation = u128::from(((variance >> shift) as u64).isqrt()) << (shift / 2);
-        let z = i128::from(excess) * 256 / (deviation.max(1) as i128);
-        z.clamp(i64::MIN.into(), i64::MAX.into()) as i64
+        let deviation = deviation.max(1);
+        // In a word where that is enough, which a unit of any usual length is: wide divisions take many times as long.
+        match (excess.checked_mul(256), i64::try_from(deviation)) {
+            (Some(excess), Ok(deviation)) => excess / deviation,
+            _ => {
+                let z = i128::from(excess) * 256 / (deviation as i128);
+                z.clamp(i64::MIN.into(), i64::MAX.into()) as i64
+            }
+        }
     }
 }
 
@@ -149,7 +156,7 @@ impl Spread {
 const MAX_QUANTILES: usize = 33;
 
 /// How much of a view held-out normal units have.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tail {
     /// Units it was fitted to.
     pub units: u32,
@@ -161,9 +168,26 @@ pub struct Tail {
     pub scale: i64,
     /// Evenly spaced quantiles, lowest and highest included.
     pub quantiles: Vec<i64>,
+    /// log2 of the units and one more, in 1/256 of a unit; in 1/4096.
+    all: u32,
+    /// Surprise at the threshold, in 1/4096 bit.
+    base: u32,
+}
+
+impl Default for Tail {
+    fn default() -> Self {
+        Self::new(0, 0, 0, 0, Vec::new())
+    }
 }
 
 impl Tail {
+    /// Of its parts, `quantiles` in ascending order.
+    pub fn new(units: u32, beyond: u32, threshold: i64, scale: i64, quantiles: Vec<i64>) -> Self {
+        let all = log2_fixed((u64::from(units) + 1) * 256);
+        let base = log2_fixed(u64::from(units)).saturating_sub(log2_fixed(u64::from(beyond)));
+        Self { units, beyond, threshold, scale, quantiles, all, base }
+    }
+
     /// To the values of held-out units, in any order. Of fewer than 100, the scale is not below that of
     /// `pooled`, since the few largest say little; without any, the tail is `pooled`.
     fn fit(mut values: Vec<i64>, view: View, pooled: Option<&Tail>) -> Self {
@@ -187,41 +211,50 @@ impl Tail {
         let kept = count.min(MAX_QUANTILES);
         let rank = |i: usize| i * count.saturating_sub(1) / kept.saturating_sub(1).max(1);
         let quantiles = (0..kept).filter_map(|i| values.get(rank(i)).copied()).collect();
-        Self { units: count as u32, beyond: beyond as u32, threshold, scale, quantiles }
+        Self::new(count as u32, beyond as u32, threshold, scale, quantiles)
     }
 
     /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
     fn surprise(&self, value: i64) -> i64 {
         /// log2(e) in 1/4096.
-        const LOG2_E: i128 = 5909;
+        const LOG2_E: i64 = 5909;
         const FINE: u32 = UNIT_SCORE.trailing_zeros() - 12;
         let units = u64::from(self.units);
         if value > self.threshold {
-            let base = log2_fixed(units.max(1)).saturating_sub(log2_fixed(u64::from(self.beyond).max(1)));
-            let excess = (i128::from(value) - i128::from(self.threshold)) * (LOG2_E << FINE)
-                / i128::from(self.scale.max(1));
-            return (i128::from(base << FINE) + excess).min(MAX_SURPRISE.into()) as i64;
+            let (beyond, scale) = (value.checked_sub(self.threshold), self.scale.max(1));
+            let excess = match beyond.and_then(|beyond| beyond.checked_mul(LOG2_E << FINE)) {
+                Some(excess) => i128::from(excess / scale),
+                None => {
+                    let beyond = i128::from(value) - i128::from(self.threshold);
+                    beyond * i128::from(LOG2_E << FINE) / i128::from(scale)
+                }
+            };
+            return (i128::from(self.base << FINE) + excess).min(MAX_SURPRISE.into()) as i64;
         }
         // How many have less, in 1/256 of a unit, between two quantiles by interpolation.
         let above = self.quantiles.partition_point(|&quantile| quantile < value);
-        let last = self.quantiles.len().saturating_sub(1).max(1) as u128;
-        let span = u128::from(units.saturating_sub(1)) * 256;
-        let rank = |i: usize| i as u128 * span / last;
+        let last = self.quantiles.len().saturating_sub(1).max(1) as u64;
+        let span = units.saturating_sub(1) * 256;
+        // A snapshot has at most 2^16 quantiles: the product is below 2^56.
+        let rank = |i: usize| i as u64 * span / last;
         let less = match (
             above.checked_sub(1).and_then(|below| self.quantiles.get(below)),
             self.quantiles.get(above),
         ) {
             (Some(&low), Some(&high)) if high > low => {
-                let part = (i128::from(value) - i128::from(low)) as u128;
-                let width = (i128::from(high) - i128::from(low)) as u128;
-                rank(above - 1) + (rank(above) - rank(above - 1)) * part / width
+                let (part, width) = (value.abs_diff(low), high.abs_diff(low));
+                let between = rank(above) - rank(above - 1);
+                let more = match between.checked_mul(part) {
+                    Some(more) => more / width,
+                    None => (u128::from(between) * u128::from(part) / u128::from(width)) as u64,
+                };
+                rank(above - 1) + more
             }
             (_, Some(_)) => rank(above),
-            (_, None) => u128::from(units) * 256,
+            (_, None) => units * 256,
         };
-        let at_least = (units * 256).saturating_sub(less as u64) + 128;
-        let surprise = log2_fixed((units + 1) * 256).saturating_sub(log2_fixed(at_least));
-        i64::from(surprise << FINE)
+        let at_least = (units * 256).saturating_sub(less) + 128;
+        i64::from(self.all.saturating_sub(log2_fixed(at_least)) << FINE)
     }
 }
 
@@ -284,10 +317,13 @@ impl NormalRanges {
     /// The unit's statistic, in 1/[`UNIT_SCORE`] bit: the largest surprise. Larger is stranger. The others
     /// decide between units with the same.
     pub fn statistic(&self, scores: &UnitScores) -> i64 {
-        let surprises = self.surprises(scores);
-        let largest = surprises.iter().copied().max().unwrap_or(0);
-        largest + surprises.iter().sum::<i64>() / 8192
+        combined(&self.surprises(scores))
     }
+}
+
+/// The statistic of a unit with these surprises; see [`NormalRanges::statistic`].
+pub(crate) fn combined(surprises: &Surprises) -> i64 {
+    surprises.iter().copied().max().unwrap_or(0) + surprises.iter().sum::<i64>() / 8192
 }
 
 /// A conformal p-value as the exact fraction `rank / of`.

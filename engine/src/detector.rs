@@ -27,7 +27,7 @@ use crate::ENGINE_VERSION;
 use crate::baseline::{
     Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit,
 };
-use crate::calibrate::{UNSEEN_UNIT, messages_for_alpha};
+use crate::calibrate::{Surprises, UNSEEN_UNIT, combined, messages_for_alpha};
 use crate::evidence::{self, MAX_UNITS, Metrics, Outcome, Scores, Span, UnitSummary, Verdict};
 use crate::score::{UnitScorer, UnitScores};
 
@@ -190,6 +190,7 @@ struct FinishedUnit {
     id: UnitId,
     kind: Option<usize>,
     statistic: i64,
+    surprises: Surprises,
     bytes: u64,
     scores: UnitScores,
 }
@@ -513,12 +514,13 @@ impl Finished {
             return;
         }
         let known = unit.kind.and_then(|kind| baseline.units().get(kind));
-        let (scores, statistic) = match (known, unit.scorer) {
+        let (scores, surprises, statistic) = match (known, unit.scorer) {
             (Some(known), Some(scorer)) => {
                 let scores = scorer.finish(&known.model);
-                (scores, known.ranges.statistic(&scores))
+                let surprises = known.ranges.surprises(&scores);
+                (scores, surprises, combined(&surprises))
             }
-            _ => (UnitScores::default(), UNSEEN_UNIT),
+            _ => (UnitScores::default(), Surprises::default(), UNSEEN_UNIT),
         };
         self.units += 1;
         self.bytes += unit.bytes;
@@ -528,7 +530,14 @@ impl Finished {
             self.strangest.truncate(MAX_UNITS - 1);
             self.strangest.insert(
                 at,
-                FinishedUnit { id: unit.id, kind: unit.kind, statistic, bytes: unit.bytes, scores },
+                FinishedUnit {
+                    id: unit.id,
+                    kind: unit.kind,
+                    statistic,
+                    surprises,
+                    bytes: unit.bytes,
+                    scores,
+                },
             );
         }
     }
@@ -546,10 +555,10 @@ impl Finished {
         verdict.unit = Some(driver.id.name);
         verdict.unit_index = Some(driver.id.index);
         if let Some(known) = driver.kind.and_then(|kind| baseline.units().get(kind)) {
-            let ranges = &known.ranges;
-            verdict.scores = Some(Scores::new(driver.statistic, &driver.scores, ranges));
+            let expected = known.ranges.expected;
+            verdict.scores = Some(Scores::new(driver.statistic, &driver.surprises, &driver.scores, expected));
             let spans = driver.scores.spans.iter().filter(|span| span.excess > 0);
-            verdict.spans = spans.map(|span| Span::new(span, ranges.expected)).collect();
+            verdict.spans = spans.map(|span| Span::new(span, expected)).collect();
         }
     }
 }

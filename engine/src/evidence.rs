@@ -21,10 +21,8 @@ use alloc::vec::Vec;
 
 use serde::Serialize;
 
-use crate::calibrate::{NormalRanges, PValue, UNIT_SCORE, UNSEEN_UNIT, View};
+use crate::calibrate::{PValue, Surprises, UNIT_SCORE, UNSEEN_UNIT, View};
 use crate::score::{ExcessSpan, UnitScores};
-
-pub use json::NotInVerdicts;
 
 /// JSON Schema (draft 2020-12) of a [`Verdict`].
 pub const SCHEMA: &str = include_str!("evidence.schema.json");
@@ -98,10 +96,7 @@ pub struct Verdict {
 
 impl Verdict {
     /// The verdict as compact JSON: what serde_json makes of it, sooner.
-    ///
-    /// # Errors
-    /// None for the fields that a verdict has.
-    pub fn to_json(&self) -> Result<String, NotInVerdicts> {
+    pub fn to_json(&self) -> String {
         json::write(self)
     }
 
@@ -278,7 +273,8 @@ pub struct UnitSummary {
 
 /// Thousandths to a number: the nearest f64 of that decimal fraction.
 fn thousandths(value: i128) -> f64 {
-    value as f64 / 1000.0
+    // A word goes into a float by one instruction, two by many; the nearest float is the same.
+    i64::try_from(value).map_or(value as f64, |value| value as f64) / 1000.0
 }
 
 /// 1/256 bit to bits, rounded down to a thousandth.
@@ -288,7 +284,11 @@ fn bits(fixed: i128) -> f64 {
 
 /// `numerator / denominator` in thousandths, 0 for a zero denominator.
 fn ratio(numerator: u128, denominator: u128) -> f64 {
-    thousandths((numerator * 1000).checked_div(denominator).unwrap_or(0) as i128)
+    let thousands = numerator * 1000;
+    thousandths(match (u64::try_from(thousands), u64::try_from(denominator)) {
+        (Ok(thousands), Ok(denominator)) => thousands.checked_div(denominator).unwrap_or(0).into(),
+        _ => thousands.checked_div(denominator).unwrap_or(0) as i128,
+    })
 }
 
 /// A statistic in units of the common scale; none for an unseen unit.
@@ -301,8 +301,9 @@ pub(crate) fn mean_bits(scores: &UnitScores) -> f64 {
 }
 
 impl Scores {
-    pub(crate) fn new(value: i64, unit: &UnitScores, ranges: &NormalRanges) -> Self {
-        let surprises = ranges.surprises(unit);
+    /// `expected`: mean cost of a byte, 1/65536 bit.
+    pub(crate) fn new(value: i64, surprises: &Surprises, unit: &UnitScores, expected: u32) -> Self {
+        let surprises = *surprises;
         let largest = View::ALL.into_iter().zip(surprises).rev().max_by_key(|(_, surprise)| *surprise);
         let [total, peak, fields, new_pairs, new_words] =
             surprises.map(|surprise| thousandths(i128::from(surprise) * 1000 / i128::from(UNIT_SCORE)));
@@ -311,7 +312,7 @@ impl Scores {
             view: largest.map_or("", |(view, _)| view.as_str()),
             surprise_bits: SurpriseBits { total, peak, fields, new_pairs, new_words },
             mean_bits: mean_bits(unit),
-            expected_mean_bits: ratio(u128::from(ranges.expected), 1 << 16),
+            expected_mean_bits: ratio(u128::from(expected), 1 << 16),
             words: unit.words.words,
             new_words: unit.words.new_words,
             new_pairs: unit.words.new_pairs,

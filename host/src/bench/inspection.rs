@@ -1,7 +1,7 @@
 //! Whole inspections: a replay's messages a second, and the filter in wasmtime beside native code.
 //!
 //! The replay reads a capture from disk, parses, judges under a frozen baseline, writes and digests a line
-//! a message, on one thread. The filter is the real module, driven callback by callback without sockets,
+//! a message; on one thread, whose processor time counts, and on two beside one, where the wall's does. The filter is the real module, driven callback by callback without sockets,
 //! over the same exchanges that native code inspects; both get whole LLM exchanges and write verdicts.
 //!
 //! Expected answers: the replay's outcomes are those of inspecting each message by itself; the filter's
@@ -9,7 +9,7 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cpu_time::ThreadTime;
 use driftlock_inspect::config::Config;
@@ -50,8 +50,16 @@ fn exchange(id: usize, sample: &Sample) -> Result<Exchange, BenchError> {
     Ok(row.into_exchange()?)
 }
 
-/// Messages a second of processor time, the system's included, of a replay on one thread.
-pub(super) fn replayed(split: &Split, rounds: usize) -> Result<f64, BenchError> {
+/// How fast a replay is.
+pub(super) struct Replayed {
+    /// On one thread, in a second of its processor time, the system's included.
+    pub(super) messages_per_s: f64,
+    /// On two threads, as a multiple of one; none where there is one processor.
+    pub(super) two_threads_vs_one: Option<f64>,
+}
+
+/// Measures a native replay.
+pub(super) fn replayed(split: &Split, rounds: usize) -> Result<Replayed, BenchError> {
     let folder = tempfile::tempdir()?;
     let fitting = split.train.iter().chain(&split.tune).chain(&split.calibrate).enumerate();
     let exchanges: Result<Vec<Exchange>, BenchError> =
@@ -82,25 +90,32 @@ pub(super) fn replayed(split: &Split, rounds: usize) -> Result<f64, BenchError> 
     }
     out.flush()?;
     drop(out);
-    let args = replay::Args { baseline: Some(baseline), threads: Some(1), ..replay::Args::new(capture) };
-    let mut rates = Vec::new();
+    let args = replay::Args { baseline: Some(baseline), ..replay::Args::new(capture) };
     let mut digest = None;
-    // The first warms the disk's cache.
-    for round in 0..=rounds {
-        let begin = ThreadTime::try_now()?;
-        let summary = replay::replay(&args, io::sink())?;
-        let seconds = begin.try_elapsed()?.as_secs_f64();
+    let mut run = |threads: usize| -> Result<(f64, f64), BenchError> {
+        let (begin, processor) = (Instant::now(), ThreadTime::try_now()?);
+        let summary = replay::replay(&replay::Args { threads: Some(threads), ..args.clone() }, io::sink())?;
+        let seconds = (begin.elapsed().as_secs_f64(), processor.try_elapsed()?.as_secs_f64());
         if summary.outcomes != outcomes || summary.failures + summary.bad_rows > 0 {
             return Err(wrong(format!("the replay found {summary:?} where {outcomes:?} was expected")));
         }
         if *digest.get_or_insert_with(|| summary.digest.clone()) != summary.digest {
             return Err(wrong("a replay's digest does not repeat"));
         }
-        if round > 0 {
-            rates.push(outcomes.iter().sum::<u64>() as f64 / seconds);
+        Ok(seconds)
+    };
+    // It warms the disk's cache.
+    run(1)?;
+    let two = std::thread::available_parallelism()?.get() > 1;
+    let (mut rates, mut ratios) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        let (wall_s, processor_s) = run(1)?;
+        rates.push(outcomes.iter().sum::<u64>() as f64 / processor_s);
+        if two {
+            ratios.push(wall_s / run(2)?.0);
         }
     }
-    Ok(median(rates))
+    Ok(Replayed { messages_per_s: median(rates), two_threads_vs_one: two.then(|| median(ratios)) })
 }
 
 /// The filter in wasmtime beside native inspection.

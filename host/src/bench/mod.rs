@@ -50,6 +50,9 @@ pub struct Args {
     /// Under a minute, with wider tolerance
     #[arg(long)]
     pub quick: bool,
+    /// Seconds, to see that it runs; the figures say nothing
+    #[arg(long, hide = true, conflicts_with = "quick")]
+    pub smoke: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -132,6 +135,8 @@ pub struct Ratios {
 pub struct Figures {
     /// Messages of about 300 bytes a second of processor time, of a replay on one thread.
     pub replay_messages_per_s_1_thread: Option<f64>,
+    /// How many times as fast the same replay is on two threads, by the wall; none on one processor.
+    pub replay_two_threads_vs_one: Option<f64>,
     /// Scoring, short messages.
     pub score_mb_per_s: Option<f64>,
     /// Size of the filter's module.
@@ -148,6 +153,8 @@ pub struct Figures {
     pub permutation_verdict_us: Option<f64>,
     /// LLM exchanges in the filter.
     pub wasm_mb_per_s: Option<f64>,
+    /// Resident set of the gateway with one filter and its baseline, before the first request.
+    pub gateway_idle_bytes: Option<u64>,
 }
 
 /// One proxy's figures.
@@ -202,14 +209,17 @@ struct Budget {
 }
 
 impl Budget {
-    fn of(quick: bool) -> Self {
+    fn of(args: &Args) -> Self {
         let ms = Duration::from_millis;
-        if quick {
+        if args.smoke {
+            let least = Duration::ZERO;
+            Self { scoring: least, permutation: least, wasm: least, replays: 1, rounds: 1, round: ms(150) }
+        } else if args.quick {
             Self {
                 scoring: ms(3000),
                 permutation: ms(1500),
                 wasm: ms(3000),
-                replays: 2,
+                replays: 3,
                 rounds: 5,
                 round: ms(700),
             }
@@ -236,7 +246,7 @@ fn rounded(value: f64) -> Option<f64> {
 /// # Errors
 /// [`BenchError`] where a part that is there fails or gives a wrong answer.
 pub fn measure(args: &Args) -> Result<Report, BenchError> {
-    let budget = Budget::of(args.quick);
+    let budget = Budget::of(args);
     let step = |what: &str| {
         if !args.json {
             anstream::eprintln!("measuring {what}");
@@ -272,7 +282,15 @@ pub fn measure(args: &Args) -> Result<Report, BenchError> {
     figures.permutation_verdict_us = rounded(verdict_us);
 
     step("replay");
-    figures.replay_messages_per_s_1_thread = rounded(inspection::replayed(&corpora.short, budget.replays)?);
+    let replayed = inspection::replayed(&corpora.short, budget.replays)?;
+    figures.replay_messages_per_s_1_thread = rounded(replayed.messages_per_s);
+    figures.replay_two_threads_vs_one = replayed.two_threads_vs_one.and_then(rounded);
+    if replayed.two_threads_vs_one.is_none() {
+        missing.push(Missing {
+            keys: &["replay_two_threads_vs_one"],
+            reason: "there is one processor here; run it where there are two".to_owned(),
+        });
+    }
 
     let filter = find_filter(args.filter.as_deref());
     let Ok(metadata) = std::fs::metadata(&filter) else {
@@ -284,6 +302,7 @@ pub fn measure(args: &Args) -> Result<Report, BenchError> {
                 "envoy_rps_vs_noop_filter",
                 "envoy_rps_vs_no_filter",
                 "gateway_rps_vs_envoy",
+                "gateway_idle_bytes",
             ],
             reason: format!(
                 "there is no filter {}; build it with `cargo xtask build` or give --filter",
@@ -300,17 +319,23 @@ pub fn measure(args: &Args) -> Result<Report, BenchError> {
     figures.vm_memory_bytes = Some(in_wasm.memory_bytes as u64);
 
     step("Envoy and the gateway");
-    let proxies = through_proxies(args, &filter, &budget, &mut ratios).or_else(|error| match error {
-        // What is there must be right; what is not there must not cost the other figures.
-        BenchError::Wrong { .. } | BenchError::Answer { .. } => Err(error),
-        error => {
-            missing.push(Missing {
-                keys: &["envoy_rps_vs_noop_filter", "envoy_rps_vs_no_filter", "gateway_rps_vs_envoy"],
-                reason: error.to_string(),
-            });
-            Ok(Vec::new())
-        }
-    })?;
+    let proxies =
+        through_proxies(args, &filter, &budget, &mut ratios, &mut figures).or_else(|error| match error {
+            // What is there must be right; what is not there must not cost the other figures.
+            BenchError::Wrong { .. } | BenchError::Answer { .. } => Err(error),
+            error => {
+                missing.push(Missing {
+                    keys: &[
+                        "envoy_rps_vs_noop_filter",
+                        "envoy_rps_vs_no_filter",
+                        "gateway_rps_vs_envoy",
+                        "gateway_idle_bytes",
+                    ],
+                    reason: error.to_string(),
+                });
+                Ok(Vec::new())
+            }
+        })?;
     Ok(report(args, &corpora, ratios, figures, proxies, missing))
 }
 
@@ -319,6 +344,7 @@ fn through_proxies(
     filter: &Path,
     budget: &Budget,
     ratios: &mut Ratios,
+    figures: &mut Figures,
 ) -> Result<Vec<ProxyFigures>, BenchError> {
     let binary = find_binary(args.envoy.as_deref())?;
     let filter = std::path::absolute(filter)?;
@@ -330,6 +356,7 @@ fn through_proxies(
     ] {
         *ratio.0 = rounded(ratio.1);
     }
+    figures.gateway_idle_bytes = Some(measured.gateway_idle_bytes);
     Ok(measured.proxies)
 }
 
@@ -388,6 +415,7 @@ fn print(report: &Report) {
         ("Envoy: Driftlock to no filter", number(ratios.envoy_rps_vs_no_filter, 2)),
         ("gateway to Envoy, both with Driftlock", number(ratios.gateway_rps_vs_envoy, 2)),
         ("replay, messages/s on one thread", number(figures.replay_messages_per_s_1_thread, 0)),
+        ("replay, two threads to one", number(figures.replay_two_threads_vs_one, 2)),
         ("scoring, MB/s of short messages", number(figures.score_mb_per_s, 1)),
         ("scoring, MB/s of LLM bodies", number(figures.score_mb_per_s_llm, 1)),
         ("zstd, MB/s of short messages", number(figures.zstd3_dict_mb_per_s, 1)),
@@ -396,6 +424,7 @@ fn print(report: &Report) {
         ("filter in wasmtime, MB/s", number(figures.wasm_mb_per_s, 1)),
         ("filter's module", mib(figures.filter_wasm_bytes)),
         ("a VM's memory after the load", mib(figures.vm_memory_bytes)),
+        ("gateway's memory, idle", mib(figures.gateway_idle_bytes)),
     ];
     let mut table = Table::new();
     table.load_style(presets::NOTHING);

@@ -64,6 +64,7 @@ pub(super) struct Measured {
     pub(super) vs_no_filter: f64,
     pub(super) vs_noop_filter: f64,
     pub(super) gateway_vs_envoy: f64,
+    pub(super) gateway_idle_bytes: u64,
     pub(super) proxies: Vec<ProxyFigures>,
 }
 
@@ -118,6 +119,7 @@ pub(super) fn measure(
         ..with(filter.to_owned())
     })?;
     let gateway = GatewayProcess::start(folder.path(), filter, &plugin_configuration, upstream)?;
+    let gateway_idle_bytes = gateway.resident_bytes()?;
     let mut targets = [
         Target::new(NO_FILTER, without_filter.listen(), without_filter.pid()),
         Target::new(NOOP, reading.listen(), reading.pid()),
@@ -154,6 +156,7 @@ pub(super) fn measure(
         vs_no_filter: ratio(ENVOY, NO_FILTER),
         vs_noop_filter: ratio(ENVOY, NOOP),
         gateway_vs_envoy: ratio(GATEWAY, ENVOY),
+        gateway_idle_bytes,
         proxies: [NO_FILTER, NOOP, ENVOY, GATEWAY].iter().filter_map(figures).collect(),
     })
 }

@@ -68,27 +68,21 @@ impl Exchange {
         };
         let observed = plugin.keeper.outbox().filter(|_| !disabled);
         if logged || observed.is_some() || plugin.report.filter_state {
-            match verdict.to_json() {
-                Ok(json) => {
-                    if let Some(outbox) = observed {
-                        outbox.push(direction.as_str(), &json);
-                    }
-                    let key = match direction {
-                        Direction::Request => filter_state::REQUEST,
-                        Direction::Response => filter_state::RESPONSE,
-                    };
-                    if plugin.report.filter_state {
-                        tell(host, |host| host.set_filter_state(key, &json));
-                    }
-                    if logged {
-                        let warn = verdict.outcome == Outcome::Anomalous || taken.stopped.is_some();
-                        let level = if warn { Level::Warn } else { Level::Info };
-                        host.log(level, &line(direction, action.as_deref(), summary, &json));
-                    }
-                }
-                Err(error) => {
-                    host.log(Level::Error, &format!("driftlock: the verdict does not serialise: {error}"));
-                }
+            let json = verdict.to_json();
+            if let Some(outbox) = observed {
+                outbox.push(direction.as_str(), &json);
+            }
+            let key = match direction {
+                Direction::Request => filter_state::REQUEST,
+                Direction::Response => filter_state::RESPONSE,
+            };
+            if plugin.report.filter_state {
+                tell(host, |host| host.set_filter_state(key, &json));
+            }
+            if logged {
+                let warn = verdict.outcome == Outcome::Anomalous || taken.stopped.is_some();
+                let level = if warn { Level::Warn } else { Level::Info };
+                host.log(level, &line(direction, action.as_deref(), summary, &json));
             }
         }
         if plugin.report.filter_state {
