@@ -2,8 +2,8 @@
 //!
 //! `cargo run -p driftlock-engine --example same_bytes -- SEEDS` prints a line a seed: SHA-256 over the snapshot's
 //! bytes, every verdict's JSON, the drift verdicts and the adapted baselines. Each seed is run with two cuttings
-//! of the texts, which must agree. `cargo xtask test` runs it here and on a 64-bit big-endian machine
-//! (s390x under qemu) and compares what they print; wasm32, a 32-bit machine, is held against native code by
+//! of the texts, which must agree. `cargo xtask test` runs it here in the dev and in the release profile, and on a
+//! 64-bit big-endian machine (s390x under qemu), and compares what they print; wasm32, a 32-bit machine, is held against native code by
 //! `tests/tests/three_ways.rs`.
 
 use std::sync::Arc;

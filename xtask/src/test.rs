@@ -114,7 +114,7 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
             GUEST,
         ])
     })?;
-    steps.step("the same bytes on a big-endian machine", || same_bytes(workspace))?;
+    steps.step("the same bytes on a big-endian machine, and in both profiles", || same_bytes(workspace))?;
     // In the release profile: the host links the same C libraries there.
     steps.step("every adapter against its codec, and its lints", || {
         cargo(&[
@@ -234,7 +234,8 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
     steps.step("envoy/README.md, word for word", || example::follow_readme(workspace))
 }
 
-/// What the engine makes of random traffic, here and on s390x: 64 bits, big-endian, under qemu.
+/// What the engine makes of random traffic: in the dev profile, in the release profile, and on s390x (64 bits,
+/// big-endian, under qemu).
 fn same_bytes(workspace: &Workspace) -> Result<(), Failure> {
     build::add_target(BIG_ENDIAN)?;
     let emulator = "qemu-s390x";
@@ -252,9 +253,12 @@ fn same_bytes(workspace: &Workspace) -> Result<(), Failure> {
     let here = output(workspace.cargo(["run"]).args(example).args(["--", SEEDS]))?;
     let built = workspace.target.join(BIG_ENDIAN).join("debug/examples/same_bytes");
     let there = output(Command::new(emulator).args(["-L", "/usr/s390x-linux-gnu"]).arg(built).arg(SEEDS))?;
-    match here == there {
+    let released = output(workspace.cargo(["run", "--release"]).args(example).args(["--", SEEDS]))?;
+    match here == there && here == released {
         true => Ok(()),
-        false => Err(Failure::new(format!("here\n{here}\non {BIG_ENDIAN}\n{there}"))),
+        false => Err(Failure::new(format!(
+            "here\n{here}\non {BIG_ENDIAN}\n{there}\nhere, release profile\n{released}"
+        ))),
     }
 }
 
