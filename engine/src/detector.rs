@@ -502,6 +502,23 @@ impl Message {
         }
     }
 
+    /// A unit that comes in one piece: as [`Self::text`] and [`Self::end_unit`], at less cost.
+    pub fn whole(&mut self, id: UnitId, text: &[u8], body_offset: u64, max_unit_bytes: usize) {
+        if let Mode::Score { baseline, open, done } = &mut self.mode
+            && open.len() < MAX_OPEN_UNITS
+            && open.iter().all(|unit| unit.id != id)
+        {
+            let kind = baseline.units().iter().position(|unit| unit.name == id.name);
+            let known = kind.and_then(|kind| baseline.units().get(kind));
+            let scores =
+                known.map(|known| UnitScorer::new(&known.model).finish_with(&known.model, text, body_offset));
+            done.scored(id, kind, text.len() as u64, scores, baseline);
+        } else {
+            self.text(id, text, body_offset, max_unit_bytes);
+            self.end_unit(id);
+        }
+    }
+
     /// Counts bytes that are not scored.
     pub fn skip(&mut self, bytes: u64) {
         self.skipped_bytes = self.skipped_bytes.saturating_add(bytes);
@@ -510,35 +527,42 @@ impl Message {
 
 impl Finished {
     fn add(&mut self, unit: OpenUnit, baseline: &StreamBaseline) {
-        if unit.bytes == 0 {
+        let OpenUnit { id, kind, scorer, bytes } = unit;
+        let known = kind.and_then(|kind| baseline.units().get(kind));
+        let scores = match (known, scorer) {
+            (Some(known), Some(scorer)) if bytes > 0 => Some(scorer.finish(&known.model)),
+            _ => None,
+        };
+        self.scored(id, kind, bytes, scores, baseline);
+    }
+
+    /// `scores`: none for a kind that training never saw.
+    fn scored(
+        &mut self,
+        id: UnitId,
+        kind: Option<usize>,
+        bytes: u64,
+        scores: Option<UnitScores>,
+        baseline: &StreamBaseline,
+    ) {
+        if bytes == 0 {
             return;
         }
-        let known = unit.kind.and_then(|kind| baseline.units().get(kind));
-        let (scores, surprises, statistic) = match (known, unit.scorer) {
-            (Some(known), Some(scorer)) => {
-                let scores = scorer.finish(&known.model);
+        let known = kind.and_then(|kind| baseline.units().get(kind));
+        let (scores, surprises, statistic) = match (known, scores) {
+            (Some(known), Some(scores)) => {
                 let surprises = known.ranges.surprises(&scores);
                 (scores, surprises, combined(&surprises))
             }
             _ => (UnitScores::default(), Surprises::default(), UNSEEN_UNIT),
         };
         self.units += 1;
-        self.bytes += unit.bytes;
+        self.bytes += bytes;
         self.cost += scores.cost;
         let at = self.strangest.partition_point(|known| known.statistic >= statistic);
         if at < MAX_UNITS {
             self.strangest.truncate(MAX_UNITS - 1);
-            self.strangest.insert(
-                at,
-                FinishedUnit {
-                    id: unit.id,
-                    kind: unit.kind,
-                    statistic,
-                    surprises,
-                    bytes: unit.bytes,
-                    scores,
-                },
-            );
+            self.strangest.insert(at, FinishedUnit { id, kind, statistic, surprises, bytes, scores });
         }
     }
 
@@ -739,6 +763,10 @@ mod tests {
                 *at = to;
             }
             let split = detector.finish(split, None);
+            let mut ended = detector.begin("s");
+            ended.whole(USER, user.as_bytes(), 0, 1 << 14);
+            ended.whole(tool_id, tool.as_bytes(), 500, 1 << 14);
+            prop_assert_eq!(&detector.finish(ended, None), &whole);
             // Units of equal statistic keep the order in which they ended.
             prop_assert_eq!(whole.outcome, split.outcome);
             prop_assert_eq!(whole.p_fraction, split.p_fraction);

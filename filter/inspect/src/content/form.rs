@@ -4,7 +4,7 @@
 //! same however it was encoded. Encoded `&`, `=`, `+` and `%` stay as they came, or the fields could not be told
 //! apart any more; so does what is no escape.
 //!
-//! Cost: one search for `%` and `+`. Carried over: two bytes.
+//! Cost: a search for `%` and one for `+`, and a copy where there is a `+`. Carried over: two bytes.
 
 use super::{BODY, Sink};
 
@@ -24,14 +24,10 @@ impl Form {
                 index += self.escape(rest, at, sink);
                 continue;
             }
-            let plain = memchr::memchr2(b'%', b'+', rest).unwrap_or(rest.len());
-            if plain > 0 {
-                sink.text(BODY, rest.get(..plain).unwrap_or_default(), at);
-            }
-            match rest.get(plain) {
-                Some(b'+') => sink.text(BODY, b" ", at + plain as u64),
-                Some(_) => self.keep(b'%'),
-                None => {}
+            let plain = memchr::memchr(b'%', rest).unwrap_or(rest.len());
+            spaced(rest.get(..plain).unwrap_or_default(), at, sink);
+            if plain < rest.len() {
+                self.keep(b'%');
             }
             index += plain + 1;
         }
@@ -80,5 +76,26 @@ impl Form {
 
     pub(super) fn finish(&mut self, body_bytes: u64, sink: &mut impl Sink) {
         self.give_up(body_bytes, sink);
+    }
+}
+
+/// Most bytes that are copied at once.
+const COPIED: usize = 256;
+
+/// Gives text without escapes, with spaces in place of `+`. In long pieces: each costs the sink as much as
+/// some twenty bytes do.
+fn spaced(text: &[u8], at: u64, sink: &mut impl Sink) {
+    if memchr::memchr(b'+', text).is_none() {
+        if !text.is_empty() {
+            sink.text(BODY, text, at);
+        }
+        return;
+    }
+    let mut copy = [0; COPIED];
+    for (piece, number) in text.chunks(COPIED).zip(0..) {
+        for (copied, &byte) in copy.iter_mut().zip(piece) {
+            *copied = if byte == b'+' { b' ' } else { byte };
+        }
+        sink.text(BODY, copy.get(..piece.len()).unwrap_or_default(), at + number * COPIED as u64);
     }
 }

@@ -161,6 +161,11 @@ impl<'a> Feed<'a> {
     pub(super) fn new(message: &'a mut Message, max_unit_bytes: usize) -> Self {
         Self { message, max_unit_bytes, spoken: false, ended: false }
     }
+
+    /// A unit that is here from its beginning to its end.
+    pub(super) fn whole(&mut self, unit: Unit, text: &[u8]) {
+        self.message.whole(unit_id(unit), text, 0, self.max_unit_bytes);
+    }
 }
 
 fn unit_id(unit: Unit) -> UnitId {
@@ -205,7 +210,7 @@ impl Inspection {
         let framing = parser.as_ref().map_or(Framing::Whole, BodyParser::framing);
         // A streamed chat answer has another envelope than a whole one.
         let suffix = if style == ApiStyle::Sse.as_str() { "" } else { framing.suffix() };
-        let stream = format!("{}/{}/{style}{suffix}", plugin.name, direction.as_str());
+        let stream = [&plugin.name, "/", direction.as_str(), "/", style, suffix].concat();
         Self {
             direction,
             message: Some(plugin.detector.begin(&stream)),
@@ -260,8 +265,7 @@ impl Inspection {
                 Ok(None) => {}
                 Ok(Some(value)) => {
                     let unit = Unit { role: Role::Header, index };
-                    feed.text(unit, &[name.as_bytes(), b": ", &value].concat(), 0);
-                    feed.end(unit);
+                    feed.whole(unit, &[name.as_bytes(), b": ", &value].concat());
                 }
                 Err(error) => {
                     self.defect.get_or_insert(Defect::Host(error));

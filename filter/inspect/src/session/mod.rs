@@ -32,7 +32,7 @@ use driftlock_engine::evidence::{Outcome, Verdict};
 use crate::action::{Rules, SampleHash};
 use crate::baselines::{Answer, Keeper, Services};
 use crate::config::{Config, ConfigError, HoldLimits, Report, Uninspectable};
-use crate::content::{ApiStyle, BodyParser, Role, Sink, Unit};
+use crate::content::{ApiStyle, BodyParser, Role, Unit};
 use crate::decode::{self, Coding};
 use crate::exclude::{Exclusions, PathMatches};
 use crate::host::{Direction, Host, HostError, Level, Metric};
@@ -288,8 +288,7 @@ impl Exchange {
             if let Some(message) = &mut inspection.message {
                 let mut feed = Feed::new(message, plugin.max_unit_bytes);
                 // Its offsets are those in the request line.
-                feed.text(target, &[method, &b" "[..], path].concat(), 0);
-                feed.end(target);
+                feed.whole(target, &[method, &b" "[..], path].concat());
             }
             inspection.read_headers(plugin, host);
         }
