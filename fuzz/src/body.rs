@@ -192,9 +192,10 @@ impl Recorder<'_> {
             return Some(text.len().min(source.len()));
         }
         if self.urlencoded {
+            let spaced = |(given, byte): (&u8, &u8)| given == byte || (*given == b' ' && *byte == b'+');
             return match (text, source) {
-                (b" ", [b'+', ..]) => Some(1),
                 ([_], [b'%', ..]) => Some(3),
+                _ if text.len() <= source.len() && text.iter().zip(source).all(spaced) => Some(text.len()),
                 _ => None,
             };
         }
