@@ -403,7 +403,7 @@ impl UnitScorer {
         let mut block = None;
         let emit = &mut |piece: Piece<'_>| accounts.gather(model, &mut gathered, &piece, &mut block);
         normaliser.finish_with(text, body_offset, emit);
-        accounts.flush(model, &mut gathered, &mut block);
+        accounts.flush(model, &mut gathered, &mut block, true);
         accounts.end(model);
         accounts.scores
     }
@@ -422,14 +422,21 @@ impl Accounts {
         while done < piece.text.len() {
             done += gathered.take(piece, done);
             if done < piece.text.len() || gathered.len == BLOCK_BYTES {
-                self.flush(model, gathered, block);
+                self.flush(model, gathered, block, false);
             }
         }
     }
 
-    /// Scores what was gathered. The block is made when the first is due: most pieces of a stream fill none.
-    fn flush(&mut self, model: &UnitModel, gathered: &mut Gathered, block: &mut Option<Block>) {
+    /// Scores what was gathered; `at_end` says that nothing follows. The block is made when the first is due: most pieces of a stream fill none.
+    fn flush(
+        &mut self,
+        model: &UnitModel,
+        gathered: &mut Gathered,
+        block: &mut Option<Block>,
+        at_end: bool,
+    ) {
         let text = gathered.text();
+        self.words.push(&model.vocabulary, text, at_end);
         if text.is_empty() {
             return;
         }
@@ -449,7 +456,6 @@ impl Accounts {
             }
             start = segment.end;
         }
-        self.words.push(&model.vocabulary, text);
         self.find_spans(block.costs(), gathered);
         (gathered.len, gathered.used) = (0, 0);
     }
@@ -484,7 +490,6 @@ impl Accounts {
             self.field_bytes += 1;
         }
         self.end_field(model, self.state.field());
-        self.words.end(&model.vocabulary);
         self.scores.words = self.words.tally();
         self.keep_current();
     }

@@ -21,7 +21,6 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::bitmap::{Block64, below, digits, equal, letters};
-use crate::coder::mix;
 
 /// Bits of the filter for each word or pair.
 const BITS_PER_KEY: usize = 12;
@@ -64,8 +63,7 @@ impl WordSet {
                 previous = hash;
             }
         };
-        words.push(unit, &mut add);
-        words.end(&mut add);
+        words.push(unit, true, &mut add);
     }
 
     /// Adds what another one has taken in.
@@ -167,51 +165,61 @@ pub struct WordTally {
 #[derive(Clone, Debug, Default)]
 pub struct WordTracker {
     words: Words,
-    tally: WordTally,
-    /// The word before, if it is familiar.
-    previous: Option<u64>,
+    counted: Counted,
 }
 
 impl WordTracker {
-    /// Takes the next bytes.
-    pub fn push(&mut self, vocabulary: &Vocabulary, text: &[u8]) {
-        let Self { words, tally, previous } = self;
-        words.push(text, &mut |word| count(vocabulary, tally, previous, word));
-    }
-
-    /// Ends the word under way.
-    pub fn end(&mut self, vocabulary: &Vocabulary) {
-        let Self { words, tally, previous } = self;
-        words.end(&mut |word| count(vocabulary, tally, previous, word));
+    /// Takes the next bytes; `at_end` says that they are the last.
+    pub fn push(&mut self, vocabulary: &Vocabulary, text: &[u8], at_end: bool) {
+        let Self { words, counted } = self;
+        words.push(text, at_end, &mut |word| counted.count(vocabulary, word));
     }
 
     /// What was counted.
     pub fn tally(&self) -> WordTally {
-        self.tally
+        self.counted.tally
+    }
+}
+
+/// What was counted, and what the next pair begins with.
+#[derive(Clone, Debug, Default)]
+struct Counted {
+    tally: WordTally,
+    /// The word before, and whether it is familiar.
+    previous: u64,
+    previous_known: bool,
+}
+
+impl Counted {
+    /// Without a branch on what the vocabulary holds: half the time nobody could foresee it.
+    #[inline(always)]
+    fn count(&mut self, vocabulary: &Vocabulary, word: Word) {
+        let (Word::Both(hash) | Word::Any(hash) | Word::Letters(hash)) = word;
+        let known = vocabulary.holds(hash);
+        let tally = &mut self.tally;
+        if !matches!(word, Word::Letters(_)) {
+            tally.words = tally.words.saturating_add(1);
+            tally.new_words = tally.new_words.saturating_add(u32::from(!known));
+        }
+        if !matches!(word, Word::Any(_)) {
+            let new = !vocabulary.holds(pair(self.previous, hash)) & known & self.previous_known;
+            tally.new_pairs = tally.new_pairs.saturating_add(u32::from(new));
+            (self.previous, self.previous_known) = (hash, known);
+        }
     }
 }
 
 #[inline(always)]
-fn count(vocabulary: &Vocabulary, tally: &mut WordTally, previous: &mut Option<u64>, word: Word) {
-    let (Word::Both(hash) | Word::Any(hash) | Word::Letters(hash)) = word;
-    let known = vocabulary.holds(hash);
-    if !matches!(word, Word::Letters(_)) {
-        tally.words = tally.words.saturating_add(1);
-        tally.new_words = tally.new_words.saturating_add(u32::from(!known));
-    }
-    if !matches!(word, Word::Any(_)) {
-        if let Some(previous) = *previous
-            && known
-            && !vocabulary.holds(pair(previous, hash))
-        {
-            tally.new_pairs = tally.new_pairs.saturating_add(1);
-        }
-        *previous = known.then_some(hash);
-    }
+fn pair(first: u64, second: u64) -> u64 {
+    scatter(first.rotate_left(17) ^ second)
 }
 
-fn pair(first: u64, second: u64) -> u64 {
-    mix(first ^ second.rotate_left(17) ^ 0x7061_6972)
+/// Spreads a number over all bits of another (Fibonacci hashing; Knuth, volume 3, section 6.4). Only the
+/// upper half depends on every bit, so it is folded into the lower.
+#[inline(always)]
+fn scatter(x: u64) -> u64 {
+    let x = x.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x ^ x >> 32
 }
 
 /// A word's hash.
@@ -252,51 +260,63 @@ fn class_of(byte: u8) -> u8 {
     CLASSES.get(usize::from(byte)).copied().unwrap_or(0)
 }
 
-/// A hash of bytes that come one by one: eight are packed, then mixed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// A hash of bytes that come one by one: eight are packed, then mixed. No byte of a word is zero, so the
+/// number of bytes is in the packed ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Hasher {
     mixed: u64,
     packed: u64,
     len: u32,
 }
 
+impl Default for Hasher {
+    fn default() -> Self {
+        Self { mixed: Self::SEED, packed: 0, len: 0 }
+    }
+}
+
 impl Hasher {
+    const SEED: u64 = 0x6472_6966_746C_6F63;
+    /// Folds the case of ASCII letters; digits and apostrophes have the bit already.
+    const FOLD: u64 = 0x2020_2020_2020_2020;
+
     #[inline(always)]
     fn push(&mut self, byte: u8) {
-        // Folds the case of ASCII letters; digits and apostrophes have the bit already.
-        self.packed = self.packed << 8 | u64::from(byte | 0x20);
+        self.packed |= u64::from(byte | 0x20) << (8 * (self.len & 7));
         self.len += 1;
         if self.len & 7 == 0 {
-            self.mixed = mix(self.mixed ^ self.packed);
+            self.mixed = scatter(self.mixed ^ self.packed);
             self.packed = 0;
         }
     }
 
-    /// The hash of a run of letters and digits on its own, which starts at `from` and has `len` bytes.
+    /// The hash of `text[from..from + len]`, as if its bytes had been pushed; there is at least one.
     #[inline(always)]
     fn of(text: &[u8], from: usize, len: usize) -> u64 {
-        const FOLD: u64 = 0x2020_2020_2020_2020;
-        if len < 8
+        if len <= 8
             && let Some(chunk) = text.get(from..).and_then(<[u8]>::first_chunk::<8>)
         {
-            let packed = (u64::from_be_bytes(*chunk) | FOLD) >> (64 - 8 * len as u32);
-            return Self { mixed: 0, packed, len: len as u32 }.hash();
+            let unused_bits = (64 - 8 * len as u32) & 63;
+            let packed = (u64::from_le_bytes(*chunk) | Self::FOLD) << unused_bits >> unused_bits;
+            return scatter(Self::SEED ^ packed);
         }
+        Self::of_any(text.get(from..from + len).unwrap_or_default())
+    }
+
+    #[inline(never)]
+    fn of_any(word: &[u8]) -> u64 {
+        let (chunks, rest) = word.as_chunks::<8>();
         let mut hasher = Self::default();
-        let (chunks, rest) = text.get(from..from + len).unwrap_or_default().as_chunks::<8>();
         for chunk in chunks {
-            hasher.mixed = mix(hasher.mixed ^ (u64::from_be_bytes(*chunk) | FOLD));
+            hasher.mixed = scatter(hasher.mixed ^ (u64::from_le_bytes(*chunk) | Self::FOLD));
         }
-        for &byte in rest {
-            hasher.packed = hasher.packed << 8 | u64::from(byte | 0x20);
-        }
-        hasher.len = len as u32;
+        rest.iter().for_each(|&byte| hasher.push(byte));
         hasher.hash()
     }
 
     #[inline(always)]
     fn hash(&self) -> u64 {
-        mix(self.mixed.wrapping_add(self.packed) ^ u64::from(self.len) << 56)
+        if self.packed == 0 { self.mixed } else { scatter(self.mixed ^ self.packed) }
     }
 
     /// The hash, if there was a byte; starts anew.
@@ -307,57 +327,62 @@ impl Hasher {
     }
 }
 
-/// A run of letters, digits and apostrophes, and which of them it holds.
-struct Run {
-    start: usize,
-    letters: bool,
-    digits: bool,
-    apostrophes: bool,
+/// Runs of letters, digits and apostrophes among 64 bytes, as bits.
+struct Runs {
+    all: u64,
+    digits: u64,
+    apostrophes: u64,
 }
 
-impl Run {
+impl Runs {
+    /// Their words. The bytes stand at `base` of `text`; all runs have ended.
     #[inline(always)]
-    fn is_empty(&self) -> bool {
-        !(self.letters | self.digits | self.apostrophes)
-    }
-
-    /// Its words, if there is one; it ends before `end`. Starts anew.
-    #[inline(never)]
-    fn emit(&mut self, text: &[u8], end: usize, emit: &mut impl FnMut(Word)) {
-        let len = end - self.start;
-        if self.is_empty() {
-            return;
-        }
-        if !self.apostrophes {
-            let hash = Hasher::of(text, self.start, len);
-            emit(if self.digits { Word::Any(hash) } else { Word::Both(hash) });
-        }
-        if self.apostrophes || self.letters && self.digits {
-            self.emit_parts(text.get(..end).unwrap_or_default(), emit);
-        }
-        (self.letters, self.digits, self.apostrophes) = (false, false, false);
-    }
-
-    /// The words of a mixed run at the end of `text`, but for the whole of it if it has no apostrophe.
-    #[inline(never)]
-    fn emit_parts(&self, text: &[u8], emit: &mut impl FnMut(Word)) {
-        let mut parts = |parts: u8, word: fn(u64) -> Word| {
-            let mut at = self.start;
-            while let Some(rest) = text.get(at..)
-                && !rest.is_empty()
-            {
-                let len = rest.iter().position(|&byte| class_of(byte) & parts == 0).unwrap_or(rest.len());
-                if len > 0 {
-                    emit(word(Hasher::of(text, at, len)));
-                }
-                at += len + 1;
+    fn emit(&self, text: &[u8], base: usize, emit: &mut impl FnMut(Word)) {
+        let other = self.digits | self.apostrophes;
+        let mut runs = self.all;
+        while runs != 0 {
+            let (start, len) = first_run(runs);
+            let run = below(len) << start;
+            runs &= !run;
+            if other & run == 0 {
+                emit(Word::Both(Hasher::of(text, base + start, len)));
+            } else {
+                let of_run = Self { all: run, ..*self };
+                of_run.emit_mixed(text, base, emit);
             }
-        };
-        parts(LETTER | APOSTROPHE, Word::Letters);
-        if self.apostrophes {
-            parts(LETTER | DIGIT, Word::Any);
         }
     }
+
+    /// The words of one run that has not letters alone.
+    #[inline(never)]
+    fn emit_mixed(&self, text: &[u8], base: usize, emit: &mut impl FnMut(Word)) {
+        let mut any = self.all & !self.apostrophes;
+        while any != 0 {
+            let (start, len) = first_run(any);
+            any &= !(below(len) << start);
+            emit(Word::Any(Hasher::of(text, base + start, len)));
+        }
+        let mut letters = self.all & !self.digits;
+        while letters != 0 {
+            let (start, len) = first_run(letters);
+            letters &= !(below(len) << start);
+            emit(Word::Letters(Hasher::of(text, base + start, len)));
+        }
+    }
+}
+
+/// Where the lowest set bits start, and how many they are; there is one.
+#[inline(always)]
+fn first_run(bits: u64) -> (usize, usize) {
+    let start = bits.trailing_zeros();
+    (start as usize, (!(bits >> (start & 63))).trailing_zeros() as usize)
+}
+
+/// How many bits below bit `len` are set without a gap.
+#[inline(always)]
+fn trailing_run(bits: u64, len: usize) -> usize {
+    let unused_bits = 64 - len as u32;
+    (!bits.checked_shl(unused_bits).unwrap_or(0)).leading_zeros() as usize
 }
 
 /// Cuts text into words.
@@ -371,22 +396,31 @@ struct Words {
 }
 
 impl Words {
-    fn push(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) {
+    /// Takes the next bytes; `at_end` says that they are the last.
+    #[inline(always)]
+    fn push(&mut self, text: &[u8], at_end: bool, emit: &mut impl FnMut(Word)) {
         let mut at = 0;
         while at < text.len() {
-            let rest = text.get(at..).unwrap_or_default();
-            if self.mixed || self.escaped || self.any.len > 0 {
-                at += self.go_on(rest, emit);
+            if self.is_open() {
+                at += self.go_on(text.get(at..).unwrap_or_default(), emit);
             } else {
-                at += self.runs(rest, emit);
+                at = self.whole(text, at, at_end, emit);
             }
+        }
+        if at_end {
+            self.end(emit);
         }
     }
 
+    fn is_open(&self) -> bool {
+        self.mixed || self.escaped || self.any.len > 0
+    }
+
     /// The run or escape under way, byte by byte; how many bytes it took.
+    #[inline(never)]
     fn go_on(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) -> usize {
         for (taken, &byte) in text.iter().enumerate() {
-            if !self.mixed && !self.escaped && self.any.len == 0 {
+            if !self.is_open() {
                 return taken;
             }
             self.byte(byte, emit);
@@ -394,53 +428,46 @@ impl Words {
         text.len()
     }
 
-    /// The runs up to the next escape, with nothing under way; how many bytes they and it took.
-    fn runs(&mut self, text: &[u8], emit: &mut impl FnMut(Word)) -> usize {
-        let mut run = Run { start: 0, letters: false, digits: false, apostrophes: false };
-        let mut base = 0;
+    /// From `base` on, with nothing under way, the words that end in the text. What is under way at its
+    /// end, or too long for a block, is left open. Returns where it came to.
+    #[inline(always)]
+    fn whole(&mut self, text: &[u8], mut base: usize, at_end: bool, emit: &mut impl FnMut(Word)) -> usize {
         while let Some(rest) = text.get(base..)
             && !rest.is_empty()
         {
             let block = Block64::new(rest);
             // The top bit of a flag is what counts, and bytes above 127 have it.
             let letters = block.bits(|bytes| letters(bytes) | bytes);
-            let digits = block.bits(digits);
-            let apostrophes = block.bits(|bytes| equal(bytes, b'\''));
-            let escapes = block.bits(|bytes| equal(bytes, b'\\'));
-            let len = (escapes.trailing_zeros() as usize).min(rest.len());
-            let mut parts = (letters | digits | apostrophes) & below(len);
-            if parts & 1 == 0 {
-                run.emit(text, base, emit);
-            }
-            while parts != 0 {
-                let start = parts.trailing_zeros() as usize;
-                let end = start + (!(parts >> start)).trailing_zeros() as usize;
-                let bits = below(end) & !below(start);
-                parts &= !bits;
-                if run.is_empty() {
-                    run.start = base + start;
+            let mut runs = Runs {
+                all: letters,
+                digits: block.bits(digits),
+                apostrophes: block.bits(|bytes| equal(bytes, b'\'')),
+            };
+            runs.all |= runs.digits | runs.apostrophes;
+            let mut escapes = block.bits(|bytes| equal(bytes, b'\\'));
+            let mut len = rest.len().min(64);
+            while escapes != 0 {
+                let escape = escapes & escapes.wrapping_neg();
+                if escape == 1 << (len - 1) {
+                    // What it escapes is not in the block.
+                    len -= 1;
+                    break;
                 }
-                run.letters |= letters & bits != 0;
-                run.digits |= digits & bits != 0;
-                run.apostrophes |= apostrophes & bits != 0;
-                if end < len {
-                    run.emit(text, base + end, emit);
-                }
+                escapes &= !(escape * 3);
+                runs.all &= !(escape << 1);
             }
-            base += len;
-            if escapes != 0 {
-                run.emit(text, base, emit);
-                self.escaped = true;
-                return base + 1;
+            // A run at the end may go on.
+            let taken = if at_end && len == rest.len() { len } else { len - trailing_run(runs.all, len) };
+            if taken == 0 {
+                let under_way = rest.get(..len.max(1)).unwrap_or_default();
+                under_way.iter().for_each(|&byte| self.byte(byte, emit));
+                return base + under_way.len();
             }
+            runs.all &= below(taken);
+            runs.emit(text, base, emit);
+            base += taken;
         }
-        // The last run may go on.
-        if !run.is_empty() {
-            for &byte in text.get(run.start..).unwrap_or_default() {
-                self.byte(byte, emit);
-            }
-        }
-        text.len()
+        base
     }
 
     /// The next byte, whatever is under way.
@@ -506,8 +533,7 @@ mod tests {
 
     fn tally(vocabulary: &Vocabulary, text: &str) -> WordTally {
         let mut tracker = WordTracker::default();
-        tracker.push(vocabulary, text.as_bytes());
-        tracker.end(vocabulary);
+        tracker.push(vocabulary, text.as_bytes(), true);
         tracker.tally()
     }
 
@@ -544,7 +570,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn words_are_the_oracles_and_every_split_agrees(text in r"[abCD1' \\.]{0,80}", cuts in prop::collection::vec(0usize..80, 0..5)) {
+        fn words_are_the_oracles_and_every_split_agrees(text in r"([abCD1' \\.]|[a1']{40,70}){0,20}", cuts in prop::collection::vec(0usize..300, 0..5), early_end: bool) {
             let run = |cuts: &[usize]| {
                 let (mut words, mut any, mut letters) = (Words::default(), Vec::new(), Vec::new());
                 let mut emit = |word| match word {
@@ -553,9 +579,10 @@ mod tests {
                     Word::Letters(hash) => letters.push(hash),
                 };
                 for pair in cuts.windows(2) {
-                    words.push(&text.as_bytes()[pair[0]..pair[1]], &mut emit);
+                    let at_end = early_end && pair[1] == text.len();
+                    words.push(&text.as_bytes()[pair[0]..pair[1]], at_end, &mut emit);
                 }
-                words.end(&mut emit);
+                words.push(&[], true, &mut emit);
                 (any, letters)
             };
             let mut cuts: Vec<usize> = cuts.into_iter().map(|c| c.min(text.len())).chain([0, text.len()]).collect();
