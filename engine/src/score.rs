@@ -21,12 +21,14 @@
 //! 3 KiB, whatever the unit's length. Every split of the bytes into chunks gives the same result, since
 //! all of it is sums and one recurrence.
 
+use crate::bitmap::below;
 use crate::coder::{
     BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, log2_fixed, peak_weight,
 };
 use crate::normalise::{ClassSet, Normaliser, Piece};
 use crate::words::{Vocabulary, WordTally, WordTracker};
 use alloc::vec::Vec;
+use wide::{i16x8, i32x4, u16x8};
 
 /// How many spans are kept as evidence.
 pub const MAX_SPANS: usize = 3;
@@ -398,12 +400,13 @@ impl UnitScorer {
 
     /// Scores the unit's last bytes, and ends it: as [`Self::push`] and [`Self::finish`], at less cost for a
     /// unit that comes in one piece.
-    pub fn finish_with(self, model: &UnitModel, text: &[u8], body_offset: u64) -> UnitScores {
-        let Self { normaliser, mut gathered, mut accounts } = self;
+    pub fn finish_with(mut self, model: &UnitModel, text: &[u8], body_offset: u64) -> UnitScores {
         let mut block = None;
-        let emit = &mut |piece: Piece<'_>| accounts.gather(model, &mut gathered, &piece, &mut block);
-        normaliser.finish_with(text, body_offset, emit);
-        accounts.flush(model, &mut gathered, &mut block, true);
+        // Moved nowhere: it is some kilobytes.
+        let (gathered, accounts) = (&mut self.gathered, &mut self.accounts);
+        let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, &mut block);
+        self.normaliser.finish_with(text, body_offset, emit);
+        accounts.flush(model, gathered, &mut block, true);
         accounts.end(model);
         accounts.scores
     }
@@ -447,7 +450,7 @@ impl Accounts {
         let mut start = 0;
         for segment in block.segments() {
             let costs = block.costs().get(start..segment.end).unwrap_or_default();
-            let cost: u32 = costs.iter().map(|&cost| u32::from(cost)).sum();
+            let cost = sum(costs);
             self.scores.cost += u64::from(cost);
             self.field_cost += u64::from(cost);
             self.field_bytes += costs.len() as u64;
@@ -496,48 +499,59 @@ impl Accounts {
 
     /// Follows the CUSUM over the costs of what was gathered.
     fn find_spans(&mut self, costs: &[u16], gathered: &Gathered) {
-        let mut from = 0;
-        loop {
+        let mut above = Above::new(costs, self.reference);
+        let mut at = 0;
+        while at < costs.len() {
+            let mut start = None;
             if self.height == 0 {
                 // Below the reference it stays at zero.
-                let rest = costs.get(from..).unwrap_or_default();
-                let Some(skipped) = first_above(rest, self.reference) else { return };
-                from += skipped;
-                self.keep_current();
-                let source = gathered.source(from);
-                let (start, body_start) = (source.start, source.body_start);
-                self.current = ExcessSpan { start, body_start, ..ExcessSpan::default() };
+                let Some(first) = above.next(at) else { return };
+                (at, start) = (first, Some(first));
                 self.running_cost = 0;
             }
-            from = self.follow_excursion(costs, from, gathered);
-            if from >= costs.len() {
-                return;
+            let (end, highest) = self.follow_excursion(costs.get(at..).unwrap_or_default());
+            // Where it lies is looked up only if somebody may ask.
+            let least = self.scores.spans.last().map_or(0, |span| span.excess);
+            if self.height > 0 || self.current.excess > least {
+                if let Some(start) = start {
+                    let source = gathered.source(start);
+                    (self.current.start, self.current.body_start) = (source.start, source.body_start);
+                }
+                if let Some(highest) = highest {
+                    let source = gathered.source(at + highest);
+                    (self.current.end, self.current.body_end) = (source.end, source.body_end);
+                }
             }
+            if self.height == 0 {
+                self.keep_current();
+            }
+            at += end;
         }
     }
 
-    /// Follows the excursion under way to its end, or to that of the costs; returns where that is.
-    fn follow_excursion(&mut self, costs: &[u16], from: usize, gathered: &Gathered) -> usize {
+    /// Follows the excursion under way to its end, or to that of the costs; returns where that is, and
+    /// where it was higher than before.
+    #[inline(always)]
+    fn follow_excursion(&mut self, costs: &[u16]) -> (usize, Option<usize>) {
         let reference = u64::from(self.reference);
+        let (mut height, mut cost_so_far) = (self.height, self.running_cost);
+        let ExcessSpan { excess: mut best, cost: mut best_cost, .. } = self.current;
         let mut highest = None;
-        let mut end = from;
-        for (&cost, i) in costs.get(from..).unwrap_or_default().iter().zip(from..) {
-            end = i + 1;
-            self.running_cost += u64::from(cost);
-            self.height = (self.height + u64::from(cost)).saturating_sub(reference);
-            if self.height > self.current.excess {
-                (self.current.excess, self.current.cost) = (self.height, self.running_cost);
-                highest = Some(i);
+        let mut end = costs.len();
+        for (i, &cost) in costs.iter().enumerate() {
+            cost_so_far += u64::from(cost);
+            height = (height + u64::from(cost)).saturating_sub(reference);
+            if height > best {
+                (best, best_cost, highest) = (height, cost_so_far, Some(i));
             }
-            if self.height == 0 {
+            if height == 0 {
+                end = i + 1;
                 break;
             }
         }
-        if let Some(highest) = highest {
-            let source = gathered.source(highest);
-            (self.current.end, self.current.body_end) = (source.end, source.body_end);
-        }
-        end
+        (self.height, self.running_cost) = (height, cost_so_far);
+        (self.current.excess, self.current.cost) = (best, best_cost);
+        (end, highest)
     }
 
     /// Files the finished excursion among the largest; an earlier one wins a tie.
@@ -551,17 +565,69 @@ impl Accounts {
     }
 }
 
-/// Where the first cost above `reference` stands.
+/// The places of costs above a reference.
+struct Above<'a> {
+    costs: &'a [u16],
+    reference: u16x8,
+    /// Of the 64 costs from `base` on, as bits.
+    bits: u64,
+    base: usize,
+}
+
+impl<'a> Above<'a> {
+    fn new(costs: &'a [u16], reference: u32) -> Self {
+        let reference = u16x8::splat(u16::try_from(reference).unwrap_or(u16::MAX));
+        let mut above = Self { costs, reference, bits: 0, base: 0 };
+        above.load();
+        above
+    }
+
+    #[inline(always)]
+    fn load(&mut self) {
+        let rest = self.costs.get(self.base..).unwrap_or_default();
+        let mut padded = [0; 64];
+        let window = rest.first_chunk::<64>().unwrap_or_else(|| {
+            if let Some(front) = padded.get_mut(..rest.len()) {
+                front.copy_from_slice(rest);
+            }
+            &padded
+        });
+        self.bits = 0;
+        for (eight, i) in window.as_chunks::<8>().0.iter().zip(0u32..) {
+            let below = u16x8::new(*eight).saturating_sub(self.reference).simd_eq(u16x8::ZERO);
+            self.bits |= u64::from(!below.to_bitmask() & 0xff) << (8 * i);
+        }
+    }
+
+    /// The first at `from` or behind it; `from` never falls.
+    #[inline(always)]
+    fn next(&mut self, from: usize) -> Option<usize> {
+        while self.base < self.costs.len() {
+            let bits = self.bits & !below(from.saturating_sub(self.base));
+            if bits != 0 {
+                return Some(self.base + bits.trailing_zeros() as usize);
+            }
+            self.base += 64;
+            self.load();
+        }
+        None
+    }
+}
+
+/// The sum of a few costs.
 #[inline(always)]
-fn first_above(costs: &[u16], reference: u32) -> Option<usize> {
-    let reference = u16::try_from(reference).unwrap_or(u16::MAX);
-    let (chunks, _) = costs.as_chunks::<16>();
-    // Sixteen at once; most have none.
-    let clear =
-        chunks.iter().take_while(|chunk| chunk.iter().fold(0, |high, &cost| cost.max(high)) <= reference);
-    let clear = 16 * clear.count();
-    let rest = costs.get(clear..).unwrap_or_default();
-    rest.iter().position(|&cost| cost > reference).map(|at| clear + at)
+fn sum(costs: &[u16]) -> u32 {
+    let (eights, rest) = costs.as_chunks::<8>();
+    let mut sums = i32x4::ZERO;
+    for eight in eights {
+        // Costs have 14 bits.
+        sums += i16x8::new(eight.map(|cost| cost as i16)).dot(i16x8::splat(1));
+    }
+    let mut sum = sums.reduce_add() as u32;
+    for &cost in rest {
+        sum += u32::from(cost);
+    }
+    sum
 }
 
 #[cfg(test)]

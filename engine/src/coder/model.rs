@@ -134,11 +134,8 @@ pub struct Segment {
 #[derive(Clone, Debug)]
 pub struct Block {
     costs: [u16; BLOCK_BYTES],
-    /// The lower half of each byte's slot, or what a walk came to in its form: cost and peak weight.
-    raw: [u32; BLOCK_BYTES],
     len: usize,
-    /// What begins at a byte: a field's state, [`TO_PLAIN`], or [`ON`] if the state goes on.
-    entries: [u32; BLOCK_BYTES],
+    lanes: Lanes,
     segment_ends: [u16; BLOCK_BYTES],
     segment_fields: [u16; BLOCK_BYTES],
     segments: usize,
@@ -147,17 +144,33 @@ pub struct Block {
     peak_sum: u64,
 }
 
+/// The block's parts, at fixed places beside each other, so that one index leads to a byte of each.
+#[derive(Clone, Debug)]
+struct Lanes {
+    text: [[u8; LANE_BYTES]; LANES],
+    /// The state in which a field begins at a byte, or [`ON`] if the state goes on.
+    entries: [[u32; LANE_BYTES]; LANES],
+    /// The lower half of each byte's slot, or what a walk came to in its form: cost and peak weight.
+    raw: [[u32; LANE_BYTES]; LANES],
+}
+
+/// The last lane also has what four do not divide.
+const LANE_BYTES: usize = BLOCK_BYTES / LANES + LANES - 1;
+
+/// No field begins.
 const ON: u32 = u32::MAX;
-const TO_PLAIN: u32 = u32::MAX - 1;
 const NO_FIELD: u16 = u16::MAX;
 
 impl Default for Block {
     fn default() -> Self {
         Self {
             costs: [0; BLOCK_BYTES],
-            raw: [0; BLOCK_BYTES],
             len: 0,
-            entries: [ON; BLOCK_BYTES],
+            lanes: Lanes {
+                text: [[0; LANE_BYTES]; LANES],
+                entries: [[ON; LANE_BYTES]; LANES],
+                raw: [[0; LANE_BYTES]; LANES],
+            },
             segment_ends: [0; BLOCK_BYTES],
             segment_fields: [0; BLOCK_BYTES],
             segments: 0,
@@ -287,84 +300,36 @@ impl ContextModel {
         if let Some(copy) = rest.get_mut(..len) {
             copy.copy_from_slice(text);
         }
-        let run = Run { model: self, lookback: &lookback, seen: state.seen };
+        // Four lanes, of which the last has the rest; or that one alone.
+        let quarter = if len >= LANES_FROM { len / LANES } else { 0 };
+        let run = Run { model: self, lookback: &lookback, seen: state.seen, quarter };
 
         let run_before = state.tracker.run();
-        let behind = self.follow(state, text, block);
-        block.len = len;
-        let mut at = state.at;
-        let mut done = 0;
-        if len >= LANES_FROM {
-            let quarter = len / LANES;
-            let mut ats = [at; LANES];
-            for (lane, slot) in (1..).zip(ats.iter_mut().skip(1)) {
-                *slot = run.state_at(quarter * lane, block, run_before);
+        block.lanes.load(text, quarter);
+        let behind = run.follow(state, text, block);
+        let mut ats = [state.at; LANES];
+        if quarter > 0 {
+            for (lane, at) in (1..).zip(ats.iter_mut().skip(1)) {
+                *at = run.state_at(quarter * lane, block, run_before);
             }
-            at = if block.segments <= 1 {
-                run.lanes::<false>(text, quarter, ats, block)
-            } else {
-                run.lanes::<true>(text, quarter, ats, block)
-            };
-            done = quarter * LANES;
         }
-        let rest = text.get(done..).unwrap_or_default().iter();
-        let entries = block.entries.get(done..).unwrap_or_default().iter();
-        let raw = block.raw.get_mut(done..).unwrap_or_default().iter_mut();
-        for (((&byte, &entry), raw), i) in rest.zip(entries).zip(raw).zip(done..) {
-            *raw = run.step::<true>(i, &mut at, byte, entry);
-        }
-        let mut sum = 0u32;
-        let raw = block.raw.get(..len).unwrap_or_default();
-        for (cost, &raw) in block.costs.iter_mut().zip(raw) {
-            *cost = (raw & COST_MASK as u32) as u16;
-            // At most BLOCK_BYTES times 2^17.
-            sum += raw >> WEIGHT_SHIFT;
-        }
-        block.peak_sum = sum.into();
-        state.at = run.enter(behind, at, len);
+        let at = if block.segments <= 1 && block.segment_ends.first().is_some_and(|&end| usize::from(end) == len) {
+            run.lanes::<false>(ats, len, &mut block.lanes)
+        } else {
+            let at = run.lanes::<true>(ats, len, &mut block.lanes);
+            for &end in block.segment_ends.iter().take(block.segments) {
+                block.lanes.enter(end.into(), quarter, ON);
+            }
+            at
+        };
+        block.len = len;
+        block.peak_sum = block.lanes.unload(quarter, &mut block.costs, len);
+        state.at = if behind == ON { at } else { behind };
         if let Some(last) = lookback.get(len..len + PLAIN_ORDER as usize) {
             state.history.copy_from_slice(last);
         }
         state.seen = (state.seen + len).min(PLAIN_ORDER as usize);
         len
-    }
-
-    /// Cuts the block into its fields, and returns what begins behind it.
-    #[inline(always)]
-    fn follow(&self, state: &mut State, text: &[u8], block: &mut Block) -> u32 {
-        if let Some(entries) = block.entries.get_mut(..text.len()) {
-            entries.fill(ON);
-        }
-        (block.segments, block.last_complete) = (0, false);
-        let mut behind = ON;
-        let mut done = 0;
-        while let Some(rest) = text.get(done..)
-            && !rest.is_empty()
-        {
-            done += state.tracker.advance(rest).clamp(1, rest.len());
-            if state.tracker.run() > 0 {
-                continue;
-            }
-            let next = self.field(state.tracker.field());
-            let entry = match self.roots(next) {
-                Some(roots) => roots.anchored,
-                None if state.field.is_none() => continue,
-                None => TO_PLAIN,
-            };
-            block.push_segment(done, state.field);
-            state.field = next;
-            match block.entries.get_mut(done) {
-                Some(slot) if done < text.len() => *slot = entry,
-                _ => {
-                    block.last_complete = true;
-                    behind = entry;
-                }
-            }
-        }
-        if !text.is_empty() && !block.last_complete {
-            block.push_segment(text.len(), state.field);
-        }
-        behind
     }
 
     /// What it costs that the unit ends here: in a field with contexts of its own, what its end costs;
@@ -541,12 +506,58 @@ fn index_of(fields: &[FieldRoots]) -> Vec<u16> {
     index
 }
 
+impl Lanes {
+    /// Where the text is parted: three times a quarter, and the rest.
+    #[inline(always)]
+    fn load(&mut self, text: &[u8], quarter: usize) {
+        let mut rest = text;
+        for (lane, i) in self.text.iter_mut().zip(1..) {
+            let (part, behind) = rest.split_at_checked(quarter).unwrap_or_default();
+            let (part, behind) = if i == LANES { (rest, behind) } else { (part, behind) };
+            if let Some(lane) = lane.get_mut(..part.len()) {
+                lane.copy_from_slice(part);
+            }
+            rest = behind;
+        }
+    }
+
+    /// A field begins at byte `i` of the block.
+    #[inline(always)]
+    fn enter(&mut self, i: usize, quarter: usize, state: u32) {
+        let lane = if quarter == 0 { LANES - 1 } else { (i / quarter).min(LANES - 1) };
+        let entries = self.entries.get_mut(lane);
+        if let Some(entry) = entries.and_then(|entries| entries.get_mut(i - lane * quarter)) {
+            *entry = state;
+        }
+    }
+
+    /// Writes the costs in order, forgets the entries, and returns the sum of the peak weights.
+    #[inline(always)]
+    fn unload(&mut self, quarter: usize, costs: &mut [u16; BLOCK_BYTES], len: usize) -> u64 {
+        let mut sum = 0u32;
+        let mut rest = costs.get_mut(..len).unwrap_or_default();
+        for (raw, i) in self.raw.iter().zip(1..) {
+            let here = if i == LANES { rest.len() } else { quarter };
+            let Some((part, behind)) = rest.split_at_mut_checked(here) else { break };
+            for (cost, &raw) in part.iter_mut().zip(raw) {
+                *cost = (raw & COST_MASK as u32) as u16;
+                // At most BLOCK_BYTES times 2^17.
+                sum += raw >> WEIGHT_SHIFT;
+            }
+            rest = behind;
+        }
+        sum.into()
+    }
+}
+
 /// One block's bytes behind those that came before it.
 struct Run<'a> {
     model: &'a ContextModel,
     lookback: &'a [u8; PLAIN_ORDER as usize + BLOCK_BYTES],
     /// How many of the first bytes are the unit's.
     seen: usize,
+    /// Bytes of a lane but the last.
+    quarter: usize,
 }
 
 impl Run<'_> {
@@ -558,65 +569,90 @@ impl Run<'_> {
         self.lookback.get(end.saturating_sub(len)..end).unwrap_or_default()
     }
 
-    #[inline(always)]
-    fn enter(&self, entry: u32, at: u32, i: usize) -> u32 {
-        match entry {
-            ON => at,
-            TO_PLAIN => self.plain_at(i),
-            root => root,
-        }
-    }
-
     #[cold]
     #[inline(never)]
     fn plain_at(&self, i: usize) -> u32 {
         self.model.plain_state(self.before(i, PLAIN_ORDER as usize))
     }
 
-    /// The block's four quarters side by side, from these states; returns the state behind the last.
+    /// Cuts the block into its fields, and returns the state in which one begins behind it.
     #[inline(always)]
-    fn lanes<const FIELDS: bool>(
-        &self,
-        text: &[u8],
-        quarter: usize,
-        ats: [u32; LANES],
-        block: &mut Block,
-    ) -> u32 {
+    fn follow(&self, state: &mut State, text: &[u8], block: &mut Block) -> u32 {
+        (block.segments, block.last_complete) = (0, false);
+        let mut behind = ON;
+        let mut done = 0;
+        while let Some(rest) = text.get(done..)
+            && !rest.is_empty()
+        {
+            done += state.tracker.advance(rest).clamp(1, rest.len());
+            if state.tracker.run() > 0 {
+                continue;
+            }
+            let next = self.model.field(state.tracker.field());
+            let entry = match self.model.roots(next) {
+                Some(roots) => roots.anchored,
+                None if state.field.is_none() => continue,
+                None => self.plain_at(done),
+            };
+            block.push_segment(done, state.field);
+            state.field = next;
+            if done < text.len() {
+                block.lanes.enter(done, self.quarter, entry);
+            } else {
+                block.last_complete = true;
+                behind = entry;
+            }
+        }
+        if !text.is_empty() && !block.last_complete {
+            block.push_segment(text.len(), state.field);
+        }
+        behind
+    }
+
+    /// The lanes side by side, from these states; returns the state behind the last.
+    #[inline(always)]
+    fn lanes<const FIELDS: bool>(&self, ats: [u32; LANES], len: usize, lanes: &mut Lanes) -> u32 {
         let [mut a, mut b, mut c, mut d] = ats;
-        let mut texts = text.chunks_exact(quarter);
-        let mut entries = block.entries.chunks_exact(quarter);
-        let mut raws = block.raw.chunks_exact_mut(quarter);
-        let mut lane = || {
-            let text = texts.next().unwrap_or_default().iter();
-            let entries = entries.next().unwrap_or_default().iter();
-            text.zip(entries).zip(raws.next().unwrap_or_default())
-        };
-        let lanes = lane().zip(lane()).zip(lane()).zip(lane());
-        for (((in_a, in_b), in_c), (in_d, i)) in lanes.zip(0..).map(|((rest, d), i)| (rest, (d, i))) {
-            let ((&byte, &entry), raw) = in_a;
-            *raw = self.step::<FIELDS>(i, &mut a, byte, entry);
-            let ((&byte, &entry), raw) = in_b;
-            *raw = self.step::<FIELDS>(quarter + i, &mut b, byte, entry);
-            let ((&byte, &entry), raw) = in_c;
-            *raw = self.step::<FIELDS>(quarter * 2 + i, &mut c, byte, entry);
-            let ((&byte, &entry), raw) = in_d;
-            *raw = self.step::<FIELDS>(quarter * 3 + i, &mut d, byte, entry);
+        let Lanes { text: [text_a, text_b, text_c, text_d], entries, raw } = lanes;
+        let [entries_a, entries_b, entries_c, entries_d] = entries;
+        let [raw_a, raw_b, raw_c, raw_d] = raw;
+        let quarter = self.quarter.min(LANE_BYTES);
+        for i in 0..quarter {
+            self.step::<FIELDS>(0, i, &mut a, text_a, entries_a, raw_a);
+            self.step::<FIELDS>(1, i, &mut b, text_b, entries_b, raw_b);
+            self.step::<FIELDS>(2, i, &mut c, text_c, entries_c, raw_c);
+            self.step::<FIELDS>(3, i, &mut d, text_d, entries_d, raw_d);
+        }
+        for i in quarter..(len - 3 * quarter).min(LANE_BYTES) {
+            self.step::<FIELDS>(3, i, &mut d, text_d, entries_d, raw_d);
         }
         d
     }
 
-    /// Costs byte `i`, at which `entry` begins; returns the lower half of its slot.
+    /// Costs byte `i` of a lane: writes the lower half of its slot.
     #[inline(always)]
-    fn step<const FIELDS: bool>(&self, i: usize, at: &mut u32, byte: u8, entry: u32) -> u32 {
-        if FIELDS && entry != ON {
-            *at = self.enter(entry, *at, i);
-        }
-        let entry = match self.model.slot(*at, byte.into()) {
-            Some(entry) => entry,
-            None => self.miss(i, *at, byte),
+    fn step<const FIELDS: bool>(
+        &self,
+        lane: usize,
+        i: usize,
+        at: &mut u32,
+        text: &[u8; LANE_BYTES],
+        entries: &[u32; LANE_BYTES],
+        raw: &mut [u32; LANE_BYTES],
+    ) {
+        let (Some(&byte), Some(&entry), Some(raw)) = (text.get(i), entries.get(i), raw.get_mut(i)) else {
+            return;
         };
-        *at = entry.next();
-        entry.0 as u32
+        if FIELDS {
+            // No branch: where a field begins is hard to foresee.
+            *at = if entry == ON { *at } else { entry };
+        }
+        let slot = match self.model.slot(*at, byte.into()) {
+            Some(slot) => slot,
+            None => self.miss(lane * self.quarter + i, *at, byte),
+        };
+        *at = slot.next();
+        *raw = slot.0 as u32;
     }
 
     /// As the end of [`Self::step`], for a byte that the longest context does not predict.
