@@ -5,7 +5,7 @@
 //! [`WordTracker`] runs over a unit's text and counts. Words are compared without regard to ASCII case.
 //! Two kinds: for new words, runs of letters, digits and bytes above 127; for pairs, runs of letters,
 //! apostrophes and bytes above 127, since a number beside a word says nothing. A backslash and the byte
-//! behind it belong to no word.
+//! behind it belong to no word. A run of 64 bytes ends there, and what goes on is another.
 //!
 //! Why: a text in familiar words that says something new ("ignore" and "previous" stand in many baselines,
 //! but not side by side) costs a byte model few bits; a pair of familiar words never seen together is
@@ -385,9 +385,14 @@ fn trailing_run(bits: u64, len: usize) -> usize {
     (!bits.checked_shl(unused_bits).unwrap_or(0)).leading_zeros() as usize
 }
 
+/// Bytes of the longest run. What has no end (base64, a key) then costs no more than words do.
+const MAX_RUN_BYTES: u32 = 64;
+
 /// Cuts text into words.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Words {
+    /// Bytes of the run under way.
+    run: u32,
     any: Hasher,
     /// Differs from `any` once the run held a digit or an apostrophe.
     letters: Hasher,
@@ -413,7 +418,7 @@ impl Words {
     }
 
     fn is_open(&self) -> bool {
-        self.mixed || self.escaped || self.any.len > 0
+        self.escaped || self.run > 0
     }
 
     /// The run or escape under way, byte by byte; how many bytes it took.
@@ -429,7 +434,7 @@ impl Words {
     }
 
     /// From `base` on, with nothing under way, the words that end in the text. What is under way at its
-    /// end, or too long for a block, is left open. Returns where it came to.
+    /// end is left open. Returns where it came to.
     #[inline(always)]
     fn whole(&mut self, text: &[u8], mut base: usize, at_end: bool, emit: &mut impl FnMut(Word)) -> usize {
         while let Some(rest) = text.get(base..)
@@ -456,8 +461,10 @@ impl Words {
                 escapes &= !(escape * 3);
                 runs.all &= !(escape << 1);
             }
-            // A run at the end may go on.
-            let taken = if at_end && len == rest.len() { len } else { len - trailing_run(runs.all, len) };
+            // A run at the end may go on, unless it is as long as can be.
+            let open = trailing_run(runs.all, len);
+            let ended = open == MAX_RUN_BYTES as usize || at_end && len == rest.len();
+            let taken = if ended { len } else { len - open };
             if taken == 0 {
                 let under_way = rest.get(..len.max(1)).unwrap_or_default();
                 under_way.iter().for_each(|&byte| self.byte(byte, emit));
@@ -478,32 +485,26 @@ impl Words {
             return;
         }
         let class = class_of(byte);
-        if class == LETTER && !self.mixed {
-            self.any.push(byte);
+        if !matches!(class, LETTER | DIGIT | APOSTROPHE) {
+            self.end(emit);
+            self.escaped = class == ESCAPE;
             return;
         }
-        if !self.mixed && matches!(class, DIGIT | APOSTROPHE) {
-            self.letters = self.any;
+        if !self.mixed && class != LETTER {
+            (self.mixed, self.letters) = (true, self.any);
+        }
+        self.run += 1;
+        match class {
+            DIGIT => self.letters.take().into_iter().for_each(|hash| emit(Word::Letters(hash))),
+            _ if self.mixed => self.letters.push(byte),
+            _ => {}
         }
         match class {
-            LETTER => {
-                self.any.push(byte);
-                self.letters.push(byte);
-            }
-            DIGIT => {
-                self.letters.take().into_iter().for_each(|hash| emit(Word::Letters(hash)));
-                self.any.push(byte);
-                self.mixed = true;
-            }
-            APOSTROPHE => {
-                self.any.take().into_iter().for_each(|hash| emit(Word::Any(hash)));
-                self.letters.push(byte);
-                self.mixed = true;
-            }
-            _ => {
-                self.end(emit);
-                self.escaped = class == ESCAPE;
-            }
+            APOSTROPHE => self.any.take().into_iter().for_each(|hash| emit(Word::Any(hash))),
+            _ => self.any.push(byte),
+        }
+        if self.run == MAX_RUN_BYTES {
+            self.end(emit);
         }
     }
 
@@ -514,7 +515,7 @@ impl Words {
         }
         self.any.take().into_iter().for_each(|hash| emit(Word::Any(hash)));
         self.letters.take().into_iter().for_each(|hash| emit(Word::Letters(hash)));
-        (self.mixed, self.escaped) = (false, false);
+        (self.run, self.mixed, self.escaped) = (0, false, false);
     }
 }
 
@@ -556,10 +557,16 @@ mod tests {
     fn oracle(text: &str) -> (Vec<String>, Vec<String>) {
         let mut cut = String::new();
         let mut chars = text.chars();
+        let mut run = 0;
         while let Some(c) = chars.next() {
+            run = if c.is_ascii_alphanumeric() || c == '\'' { run + 1 } else { 0 };
             cut.push(if c == '\\' { ' ' } else { c.to_ascii_lowercase() });
             if c == '\\' {
                 chars.next();
+            }
+            if run == 64 {
+                cut.push(' ');
+                run = 0;
             }
         }
         let split = |is_part: fn(char) -> bool| {
