@@ -224,14 +224,15 @@ fn over_texts(corpus: &Corpus, paths: &mut Vec<HotPath>) {
 
     let texts = corpus.texts.clone();
     let score = move |step: usize| -> u64 {
+        let mut block = Block::default();
         let of_text = |text: &Vec<u8>| {
             let mut scorer = UnitScorer::new(model);
             let mut offset = 0;
             for piece in text.chunks(step) {
-                scorer.push(model, piece, offset);
+                scorer.push(model, piece, offset, &mut block);
                 offset += piece.len() as u64;
             }
-            unit.ranges.statistic(&scorer.finish(model)).unsigned_abs()
+            unit.ranges.statistic(&scorer.finish(model, &mut block)).unsigned_abs()
         };
         texts.iter().map(of_text).fold(0, u64::wrapping_add)
     };

@@ -199,13 +199,13 @@ impl Models {
                 .collect()
         };
         let mut scored: Vec<(String, UnitModel, Vec<UnitScores>)> = Vec::new();
-        let (mut sum_of_means, mut kinds) = (0u64, 0u64);
+        let (mut sum_of_means, mut kinds, mut block) = (0u64, 0u64, Block::default());
         for (name, mut model) in self.units {
             let texts = texts_of(&name);
             let normalised: Vec<Vec<u8>> =
                 texts.iter().map(|text| normalise(text, model.normalised)).collect();
             model.expect(normalised.iter().map(Vec::as_slice));
-            let scores = texts.iter().map(|text| score(&model, text)).collect();
+            let scores = texts.iter().map(|text| score(&model, text, &mut block)).collect();
             if !texts.is_empty() {
                 sum_of_means += u64::from(model.expected.all.mean);
                 kinds += 1;
@@ -237,8 +237,8 @@ impl Models {
     }
 }
 
-fn score(model: &UnitModel, text: &[u8]) -> UnitScores {
-    UnitScorer::new(model).finish_with(model, text, 0)
+fn score(model: &UnitModel, text: &[u8], block: &mut Block) -> UnitScores {
+    UnitScorer::new(model).finish_with(model, text, 0, block)
 }
 
 /// What normal units of one kind look like.
@@ -255,7 +255,12 @@ pub struct UnitBaseline {
 impl UnitBaseline {
     /// The scores of a whole unit.
     pub fn score(&self, text: &[u8]) -> UnitScores {
-        score(&self.model, text)
+        self.score_in(text, &mut Block::default())
+    }
+
+    /// As [`Self::score`], in memory that whoever scores many units keeps.
+    pub fn score_in(&self, text: &[u8], block: &mut Block) -> UnitScores {
+        score(&self.model, text, block)
     }
 
     /// What each byte of a whole unit costs, in 1/256 bit. The cost of a marker is on the first byte of
@@ -355,10 +360,15 @@ impl StreamBaseline {
 
     /// The statistic of a whole message, as the detector computes it: the largest over its units.
     pub fn statistic(&self, units: &[TrainingUnit]) -> i64 {
+        self.statistic_in(units, &mut Block::default())
+    }
+
+    /// As [`Self::statistic`], in memory that whoever scores many messages keeps.
+    pub fn statistic_in(&self, units: &[TrainingUnit], block: &mut Block) -> i64 {
         let statistic = |(name, text): &TrainingUnit| match self.unit(name) {
             _ if text.is_empty() => i64::MIN,
             None => UNSEEN_UNIT,
-            Some(unit) => unit.ranges.statistic(&unit.score(text)),
+            Some(unit) => unit.ranges.statistic(&unit.score_in(text, block)),
         };
         units.iter().map(statistic).max().unwrap_or(i64::MIN)
     }

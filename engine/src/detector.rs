@@ -17,6 +17,7 @@
 //! Left out on purpose: time, drift over many messages, re-learning.
 
 use alloc::borrow::ToOwned;
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -25,9 +26,10 @@ use alloc::vec::Vec;
 
 use crate::ENGINE_VERSION;
 use crate::baseline::{
-    Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit,
+    Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit, UnitBaseline,
 };
 use crate::calibrate::{Surprises, UNSEEN_UNIT, combined, messages_for_alpha};
+use crate::coder::Block;
 use crate::evidence::{self, MAX_UNITS, Metrics, Outcome, Scores, Span, UnitSummary, Verdict};
 use crate::score::{UnitScorer, UnitScores};
 
@@ -126,6 +128,8 @@ pub struct Detector {
     overflowed: u64,
     /// Baselines learned here that nobody has asked for yet.
     learned: Vec<Arc<StreamBaseline>>,
+    /// What units are scored in.
+    block: Box<Block>,
 }
 
 #[derive(Debug)]
@@ -171,7 +175,7 @@ struct OpenUnit {
     id: UnitId,
     /// The kind's place in the baseline; none for a kind that training never saw.
     kind: Option<usize>,
-    scorer: Option<UnitScorer>,
+    scorer: Option<Box<UnitScorer>>,
     bytes: u64,
 }
 
@@ -203,7 +207,7 @@ impl Detector {
             .into_iter()
             .map(|baseline| (baseline.stream().to_owned(), Stream::Frozen(Arc::new(baseline))))
             .collect();
-        Self { settings, streams, overflowed: 0, learned: Vec::new() }
+        Self { settings, streams, overflowed: 0, learned: Vec::new(), block: Box::default() }
     }
 
     /// Has `stream` learn by a plan of its own, from nothing. For training offline, where the number of
@@ -323,7 +327,7 @@ impl Detector {
                 }
             }
             Mode::Score { baseline, open, mut done } => {
-                open.into_iter().for_each(|unit| done.add(unit, &baseline));
+                open.into_iter().for_each(|unit| done.add(unit, &baseline, &mut self.block));
                 verdict.metrics = Metrics::new(done.bytes, done.cost, skipped_bytes, done.units);
                 done.describe(&baseline, &mut verdict);
                 let statistic = done.strangest.first().map_or(i64::MIN, |unit| unit.statistic);
@@ -353,6 +357,11 @@ impl Detector {
             }
         }
         verdict
+    }
+
+    /// Memory to score in, for all messages under way: it carries nothing from one call to the next.
+    pub fn block(&mut self) -> &mut Block {
+        &mut self.block
     }
 
     /// Whether the message is anomalous already, whatever is still to come: a unit that is complete makes it
@@ -445,8 +454,16 @@ impl Message {
     }
 
     /// The next bytes of a unit. `body_offset` is where they stand in the message body. Units may
-    /// interleave; `max_unit_bytes` bounds what is kept of a unit while the stream learns.
-    pub fn text(&mut self, id: UnitId, text: &[u8], body_offset: u64, max_unit_bytes: usize) {
+    /// interleave; `max_unit_bytes` bounds what is kept of a unit while the stream learns. `block` is
+    /// memory to work in, [`Detector::block`] for one.
+    pub fn text(
+        &mut self,
+        id: UnitId,
+        text: &[u8],
+        body_offset: u64,
+        max_unit_bytes: usize,
+        block: &mut Block,
+    ) {
         match &mut self.mode {
             Mode::Ignore => {}
             Mode::Learn { units, bytes } => {
@@ -476,7 +493,7 @@ impl Message {
                     None => {
                         let kind = baseline.units().iter().position(|unit| unit.name == id.name);
                         let known = kind.and_then(|kind| baseline.units().get(kind));
-                        let scorer = known.map(|known| UnitScorer::new(&known.model));
+                        let scorer = known.map(|known| Box::new(UnitScorer::new(&known.model)));
                         open.push(OpenUnit { id, kind, scorer, bytes: 0 });
                         open.len() - 1
                     }
@@ -485,7 +502,7 @@ impl Message {
                     unit.bytes += text.len() as u64;
                     let known = unit.kind.and_then(|kind| baseline.units().get(kind));
                     if let (Some(known), Some(scorer)) = (known, &mut unit.scorer) {
-                        scorer.push(&known.model, text, body_offset);
+                        scorer.push(&known.model, text, body_offset, block);
                     }
                 }
             }
@@ -493,29 +510,37 @@ impl Message {
     }
 
     /// A unit is complete. Units not ended are complete when the message is.
-    pub fn end_unit(&mut self, id: UnitId) {
+    pub fn end_unit(&mut self, id: UnitId, block: &mut Block) {
         if let Mode::Score { baseline, open, done } = &mut self.mode
             && let Some(at) = open.iter().position(|unit| unit.id == id)
         {
             let unit = open.remove(at);
-            done.add(unit, baseline);
+            done.add(unit, baseline, block);
         }
     }
 
     /// A unit that comes in one piece: as [`Self::text`] and [`Self::end_unit`], at less cost.
-    pub fn whole(&mut self, id: UnitId, text: &[u8], body_offset: u64, max_unit_bytes: usize) {
+    pub fn whole(
+        &mut self,
+        id: UnitId,
+        text: &[u8],
+        body_offset: u64,
+        max_unit_bytes: usize,
+        block: &mut Block,
+    ) {
         if let Mode::Score { baseline, open, done } = &mut self.mode
             && open.len() < MAX_OPEN_UNITS
             && open.iter().all(|unit| unit.id != id)
         {
             let kind = baseline.units().iter().position(|unit| unit.name == id.name);
             let known = kind.and_then(|kind| baseline.units().get(kind));
-            let scores =
-                known.map(|known| UnitScorer::new(&known.model).finish_with(&known.model, text, body_offset));
+            let scores = known.map(|UnitBaseline { model, .. }| {
+                UnitScorer::new(model).finish_with(model, text, body_offset, block)
+            });
             done.scored(id, kind, text.len() as u64, scores, baseline);
         } else {
-            self.text(id, text, body_offset, max_unit_bytes);
-            self.end_unit(id);
+            self.text(id, text, body_offset, max_unit_bytes, block);
+            self.end_unit(id, block);
         }
     }
 
@@ -526,11 +551,11 @@ impl Message {
 }
 
 impl Finished {
-    fn add(&mut self, unit: OpenUnit, baseline: &StreamBaseline) {
+    fn add(&mut self, unit: OpenUnit, baseline: &StreamBaseline, block: &mut Block) {
         let OpenUnit { id, kind, scorer, bytes } = unit;
         let known = kind.and_then(|kind| baseline.units().get(kind));
         let scores = match (known, scorer) {
-            (Some(known), Some(scorer)) if bytes > 0 => Some(scorer.finish(&known.model)),
+            (Some(known), Some(mut scorer)) if bytes > 0 => Some(scorer.finish(&known.model, block)),
             _ => None,
         };
         self.scored(id, kind, bytes, scores, baseline);
@@ -615,8 +640,8 @@ mod tests {
 
     fn send(detector: &mut Detector, stream: &str, user: &str) -> Verdict {
         let mut message = detector.begin(stream);
-        message.text(TARGET, b"POST /v1/chat/completions", 0, 1 << 14);
-        message.text(USER, user.as_bytes(), 100, 1 << 14);
+        message.text(TARGET, b"POST /v1/chat/completions", 0, 1 << 14, detector.block());
+        message.text(USER, user.as_bytes(), 100, 1 << 14, detector.block());
         detector.finish(message, None)
     }
 
@@ -671,11 +696,11 @@ mod tests {
         assert_eq!(send(&mut detector, "s", "x").reason.as_deref(), Some("learning 1/300"));
         let mut detector = trained("s");
         let mut message = detector.begin("s");
-        message.text(USER, text(1).as_bytes(), 0, 1 << 14);
+        message.text(USER, text(1).as_bytes(), 0, 1 << 14, detector.block());
         let verdict = detector.finish(message, Some("truncated".to_owned()));
         assert_eq!((verdict.outcome, verdict.reason.as_deref()), (Outcome::NotInspected, Some("truncated")));
         let mut message = detector.begin("s");
-        message.text(USER, b"\x00\xff\x00\xff now for something else", 0, 1 << 14);
+        message.text(USER, b"\x00\xff\x00\xff now for something else", 0, 1 << 14, detector.block());
         let verdict = detector.finish(message, Some("truncated".to_owned()));
         assert_eq!((verdict.outcome, verdict.reason.as_deref()), (Outcome::Anomalous, Some("truncated")));
     }
@@ -703,7 +728,7 @@ mod tests {
         }
         let before = detector.snapshot().digest();
         for mut message in early {
-            message.text(USER, b"late", 0, 1 << 14);
+            message.text(USER, b"late", 0, 1 << 14, detector.block());
             assert_ne!(detector.finish(message, None).outcome, Outcome::Normal);
         }
         assert_eq!(detector.snapshot().digest(), before);
@@ -717,8 +742,8 @@ mod tests {
             let id = UnitId { name: "user", index };
             let text =
                 if index == 700 { "\u{1f4a5}\u{1f4a5} drop it".to_owned() } else { text(u32::from(index)) };
-            message.text(id, text.as_bytes(), 0, 1 << 14);
-            message.end_unit(id);
+            message.text(id, text.as_bytes(), 0, 1 << 14, detector.block());
+            message.end_unit(id, detector.block());
         }
         let verdict = detector.finish(message, None);
         assert_eq!((verdict.outcome, verdict.unit_index), (Outcome::Anomalous, Some(700)));
@@ -746,8 +771,8 @@ mod tests {
             let mut detector = trained("s");
             let tool_id = UnitId { name: "target", index: 0 };
             let mut whole = detector.begin("s");
-            whole.text(USER, user.as_bytes(), 0, 1 << 14);
-            whole.text(tool_id, tool.as_bytes(), 500, 1 << 14);
+            whole.text(USER, user.as_bytes(), 0, 1 << 14, detector.block());
+            whole.text(tool_id, tool.as_bytes(), 500, 1 << 14, detector.block());
             let whole = detector.finish(whole, None);
 
             let mut split = detector.begin("s");
@@ -758,14 +783,14 @@ mod tests {
                     if first { (USER, &user, &mut a, 0) } else { (tool_id, &tool, &mut b, 500) };
                 let to = at.saturating_add(n).min(text.len());
                 if to > *at {
-                    split.text(id, &text.as_bytes()[*at..to], offset + *at as u64, 1 << 14);
+                    split.text(id, &text.as_bytes()[*at..to], offset + *at as u64, 1 << 14, detector.block());
                 }
                 *at = to;
             }
             let split = detector.finish(split, None);
             let mut ended = detector.begin("s");
-            ended.whole(USER, user.as_bytes(), 0, 1 << 14);
-            ended.whole(tool_id, tool.as_bytes(), 500, 1 << 14);
+            ended.whole(USER, user.as_bytes(), 0, 1 << 14, detector.block());
+            ended.whole(tool_id, tool.as_bytes(), 500, 1 << 14, detector.block());
             prop_assert_eq!(&detector.finish(ended, None), &whole);
             // Units of equal statistic keep the order in which they ended.
             prop_assert_eq!(whole.outcome, split.outcome);

@@ -367,59 +367,61 @@ struct Accounts {
 impl UnitScorer {
     /// Nothing scored yet.
     pub fn new(model: &UnitModel) -> Self {
-        let expected = (model.expected.all.mean / UNITS_PER_BIT).min(MAX_COST.into());
         Self {
             normaliser: Normaliser::new(model.normalised),
             gathered: Gathered::EMPTY,
-            accounts: Accounts {
-                state: model.coder.start(),
-                reference: expected + EXCESS_MARGIN,
-                scores: UnitScores::default(),
-                words: WordTracker::default(),
-                field_cost: 0,
-                field_bytes: 0,
-                current: ExcessSpan::default(),
-                height: 0,
-                running_cost: 0,
-            },
+            accounts: Accounts::new(model),
         }
     }
 
     /// Scores the unit's next bytes. `body_offset` is where `text` stands in the message body; a stretch
-    /// without escapes advances one for one.
-    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64) {
+    /// without escapes advances one for one. `block` is memory to work in, and carries nothing.
+    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, block: &mut Block) {
         let Self { normaliser, gathered, accounts } = self;
-        let mut block = None;
-        normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, &mut block));
+        normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, block));
     }
 
     /// The scores of what has been pushed.
-    pub fn finish(self, model: &UnitModel) -> UnitScores {
-        self.finish_with(model, &[], 0)
+    pub fn finish(&mut self, model: &UnitModel, block: &mut Block) -> UnitScores {
+        self.finish_with(model, &[], 0, block)
     }
 
     /// Scores the unit's last bytes, and ends it: as [`Self::push`] and [`Self::finish`], at less cost for a
-    /// unit that comes in one piece.
-    pub fn finish_with(mut self, model: &UnitModel, text: &[u8], body_offset: u64) -> UnitScores {
-        let mut block = None;
-        // Moved nowhere: it is some kilobytes.
-        let (gathered, accounts) = (&mut self.gathered, &mut self.accounts);
-        let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, &mut block);
-        self.normaliser.finish_with(text, body_offset, emit);
-        accounts.flush(model, gathered, &mut block, true);
+    /// unit that comes in one piece. The scorer is then spent.
+    pub fn finish_with(
+        &mut self,
+        model: &UnitModel,
+        text: &[u8],
+        body_offset: u64,
+        block: &mut Block,
+    ) -> UnitScores {
+        let Self { normaliser, gathered, accounts } = self;
+        let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, block);
+        let ending = core::mem::replace(normaliser, Normaliser::new(model.normalised));
+        ending.finish_with(text, body_offset, emit);
+        accounts.flush(model, gathered, block, true);
         accounts.end(model);
         accounts.scores
     }
 }
 
 impl Accounts {
-    fn gather(
-        &mut self,
-        model: &UnitModel,
-        gathered: &mut Gathered,
-        piece: &Piece<'_>,
-        block: &mut Option<Block>,
-    ) {
+    fn new(model: &UnitModel) -> Self {
+        let expected = (model.expected.all.mean / UNITS_PER_BIT).min(MAX_COST.into());
+        Self {
+            state: model.coder.start(),
+            reference: expected + EXCESS_MARGIN,
+            scores: UnitScores::default(),
+            words: WordTracker::default(),
+            field_cost: 0,
+            field_bytes: 0,
+            current: ExcessSpan::default(),
+            height: 0,
+            running_cost: 0,
+        }
+    }
+
+    fn gather(&mut self, model: &UnitModel, gathered: &mut Gathered, piece: &Piece<'_>, block: &mut Block) {
         self.scores.source_bytes += piece.source_len;
         let mut done = 0;
         while done < piece.text.len() {
@@ -430,20 +432,13 @@ impl Accounts {
         }
     }
 
-    /// Scores what was gathered; `at_end` says that nothing follows. The block is made when the first is due: most pieces of a stream fill none.
-    fn flush(
-        &mut self,
-        model: &UnitModel,
-        gathered: &mut Gathered,
-        block: &mut Option<Block>,
-        at_end: bool,
-    ) {
+    /// Scores what was gathered; `at_end` says that nothing follows.
+    fn flush(&mut self, model: &UnitModel, gathered: &mut Gathered, block: &mut Block, at_end: bool) {
         let text = gathered.text();
         self.words.push(&model.vocabulary, text, at_end);
         if text.is_empty() {
             return;
         }
-        let block = block.get_or_insert_default();
         model.coder.cost_block(&mut self.state, text, block);
         self.scores.peak_sum += block.peak_sum();
         self.scores.bytes += text.len() as u64;
@@ -659,10 +654,11 @@ mod tests {
         let mut cuts: Vec<usize> = cuts.iter().map(|&c| c.min(text.len())).chain([0, text.len()]).collect();
         cuts.sort_unstable();
         let mut scorer = UnitScorer::new(model);
+        let mut block = Block::default();
         for pair in cuts.windows(2) {
-            scorer.push(model, &text[pair[0]..pair[1]], body + pair[0] as u64);
+            scorer.push(model, &text[pair[0]..pair[1]], body + pair[0] as u64, &mut block);
         }
-        scorer.finish(model)
+        scorer.finish(model, &mut block)
     }
 
     /// All maximal excursions of the CUSUM by the textbook recurrence, largest first.

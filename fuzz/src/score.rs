@@ -30,15 +30,16 @@ pub fn holds(data: &[u8]) {
     let expected = Expected { all, text, fields };
     let model = UnitModel { normalised: classes, coder, vocabulary: words.freeze(1 << 12), expected };
     let body_offset = 1 << 40;
+    let mut block = Block::default();
     let mut whole = UnitScorer::new(&model);
-    whole.push(&model, unit, body_offset);
-    let whole = whole.finish(&model);
+    whole.push(&model, unit, body_offset, &mut block);
+    let whole = whole.finish(&model, &mut block);
     let mut split = UnitScorer::new(&model);
     for range in cuts.of(unit.len()) {
         let at = body_offset + range.start as u64;
-        split.push(&model, &unit[range], at);
+        split.push(&model, &unit[range], at, &mut block);
     }
-    assert_eq!(split.finish(&model), whole);
+    assert_eq!(split.finish(&model, &mut block), whole);
 
     assert_eq!(whole.source_bytes, unit.len() as u64);
     assert!(whole.words.new_words <= whole.words.words);

@@ -294,15 +294,9 @@ impl ContextModel {
     pub fn cost_block(&self, state: &mut State, text: &[u8], block: &mut Block) -> usize {
         let text = text.get(..BLOCK_BYTES).unwrap_or(text);
         let len = text.len();
-        let mut lookback = [0u8; PLAIN_ORDER as usize + BLOCK_BYTES];
-        let (history, rest) = lookback.split_at_mut(PLAIN_ORDER as usize);
-        history.copy_from_slice(&state.history);
-        if let Some(copy) = rest.get_mut(..len) {
-            copy.copy_from_slice(text);
-        }
         // Four lanes, of which the last has the rest; or that one alone.
         let quarter = if len >= LANES_FROM { len / LANES } else { 0 };
-        let run = Run { model: self, lookback: &lookback, seen: state.seen, quarter };
+        let run = Run { model: self, text, history: state.history, seen: state.seen, quarter };
 
         let run_before = state.tracker.run();
         block.lanes.load(text, quarter);
@@ -313,7 +307,9 @@ impl ContextModel {
                 *at = run.state_at(quarter * lane, block, run_before);
             }
         }
-        let at = if block.segments <= 1 && block.segment_ends.first().is_some_and(|&end| usize::from(end) == len) {
+        let at = if block.segments <= 1
+            && block.segment_ends.first().is_some_and(|&end| usize::from(end) == len)
+        {
             run.lanes::<false>(ats, len, &mut block.lanes)
         } else {
             let at = run.lanes::<true>(ats, len, &mut block.lanes);
@@ -325,9 +321,7 @@ impl ContextModel {
         block.len = len;
         block.peak_sum = block.lanes.unload(quarter, &mut block.costs, len);
         state.at = if behind == ON { at } else { behind };
-        if let Some(last) = lookback.get(len..len + PLAIN_ORDER as usize) {
-            state.history.copy_from_slice(last);
-        }
+        state.history = run.history_at(len);
         state.seen = (state.seen + len).min(PLAIN_ORDER as usize);
         len
     }
@@ -550,29 +544,42 @@ impl Lanes {
     }
 }
 
-/// One block's bytes behind those that came before it.
+/// One block's bytes, and what came before it.
 struct Run<'a> {
     model: &'a ContextModel,
-    lookback: &'a [u8; PLAIN_ORDER as usize + BLOCK_BYTES],
-    /// How many of the first bytes are the unit's.
+    text: &'a [u8],
+    /// The bytes before the block, newest last.
+    history: [u8; PLAIN_ORDER as usize],
+    /// How many of them are the unit's.
     seen: usize,
     /// Bytes of a lane but the last.
     quarter: usize,
 }
 
 impl Run<'_> {
-    /// The last bytes before byte `i` of the block, as many as a plain context can have.
+    /// The last bytes before byte `i` of the block, newest last.
     #[inline(always)]
-    fn before(&self, i: usize, most: usize) -> &[u8] {
-        let end = i + PLAIN_ORDER as usize;
-        let len = most.min(self.seen + i);
-        self.lookback.get(end.saturating_sub(len)..end).unwrap_or_default()
+    fn history_at(&self, i: usize) -> [u8; PLAIN_ORDER as usize] {
+        const ORDER: usize = PLAIN_ORDER as usize;
+        if let Some(last) = self.text.get(..i).and_then(<[u8]>::last_chunk) {
+            return *last;
+        }
+        let mut both = [0; 2 * ORDER];
+        let (old, new) = both.split_at_mut(ORDER);
+        old.copy_from_slice(&self.history);
+        for (to, &byte) in new.iter_mut().zip(self.text) {
+            *to = byte;
+        }
+        both.get(i..i + ORDER).and_then(<[u8]>::first_chunk).copied().unwrap_or_default()
     }
 
+    /// The state behind as many of the last bytes before byte `i` as a plain context can have.
     #[cold]
     #[inline(never)]
     fn plain_at(&self, i: usize) -> u32 {
-        self.model.plain_state(self.before(i, PLAIN_ORDER as usize))
+        let seen = (self.seen + i).min(PLAIN_ORDER as usize);
+        let history = self.history_at(i);
+        self.model.plain_state(history.get(PLAIN_ORDER as usize - seen..).unwrap_or_default())
     }
 
     /// Cuts the block into its fields, and returns the state in which one begins behind it.
@@ -679,7 +686,9 @@ impl Run<'_> {
                 let run = i - start + if number == 0 { run_before as usize } else { 0 };
                 let longest = FIELD_ORDER as usize;
                 let from = if run <= longest { roots.anchored } else { roots.inside };
-                return self.model.field_state(from, self.before(i, run.min(longest)));
+                let (run, history) = (run.min(longest), self.history_at(i));
+                let last = history.get(history.len() - run..).unwrap_or_default();
+                return self.model.field_state(from, last);
             }
             start = segment.end;
         }

@@ -5,6 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::ControlFlow;
 
+use driftlock_engine::coder::Block;
 use driftlock_engine::detector::{Message, UnitId};
 use driftlock_engine::evidence::{Outcome, Verdict};
 
@@ -150,7 +151,9 @@ impl core::fmt::Display for Defect {
 /// Passes a parser's units on to the engine.
 pub(super) struct Feed<'a> {
     pub(super) message: &'a mut Message,
-    pub(super) max_unit_bytes: usize,
+    max_unit_bytes: usize,
+    /// What the engine works in.
+    block: &'a mut Block,
     /// The model has said something.
     pub(super) spoken: bool,
     /// A unit is complete.
@@ -158,13 +161,13 @@ pub(super) struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    pub(super) fn new(message: &'a mut Message, max_unit_bytes: usize) -> Self {
-        Self { message, max_unit_bytes, spoken: false, ended: false }
+    pub(super) fn new(message: &'a mut Message, max_unit_bytes: usize, block: &'a mut Block) -> Self {
+        Self { message, max_unit_bytes, block, spoken: false, ended: false }
     }
 
     /// A unit that is here from its beginning to its end.
     pub(super) fn whole(&mut self, unit: Unit, text: &[u8]) {
-        self.message.whole(unit_id(unit), text, 0, self.max_unit_bytes);
+        self.message.whole(unit_id(unit), text, 0, self.max_unit_bytes, self.block);
     }
 }
 
@@ -175,11 +178,11 @@ fn unit_id(unit: Unit) -> UnitId {
 impl Sink for Feed<'_> {
     fn text(&mut self, unit: Unit, text: &[u8], body_offset: u64) {
         self.spoken |= matches!(unit.role, Role::Assistant | Role::Reasoning | Role::ToolCall);
-        self.message.text(unit_id(unit), text, body_offset, self.max_unit_bytes);
+        self.message.text(unit_id(unit), text, body_offset, self.max_unit_bytes, self.block);
     }
 
     fn end(&mut self, unit: Unit) {
-        self.message.end_unit(unit_id(unit));
+        self.message.end_unit(unit_id(unit), self.block);
         self.ended = true;
     }
 
@@ -257,9 +260,9 @@ impl Inspection {
     }
 
     /// Reads the request headers that the configuration selects. One that is not there is no unit.
-    pub(super) fn read_headers(&mut self, plugin: &Plugin, host: &impl Host) {
+    pub(super) fn read_headers(&mut self, plugin: &mut Plugin, host: &impl Host) {
         let Some(message) = &mut self.message else { return };
-        let mut feed = Feed::new(message, plugin.max_unit_bytes);
+        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
         for (name, index) in plugin.request_headers.iter().zip(0u16..) {
             match host.header(Direction::Request, name) {
                 Ok(None) => {}
@@ -275,7 +278,7 @@ impl Inspection {
     }
 
     /// Reads what came. Returns whether the model has said something in it.
-    pub(super) fn read(&mut self, plugin: &Plugin, chunk: Result<&[u8], HostError>) -> bool {
+    pub(super) fn read(&mut self, plugin: &mut Plugin, chunk: Result<&[u8], HostError>) -> bool {
         let chunk = match chunk {
             Ok(chunk) => chunk,
             Err(error) => {
@@ -319,7 +322,7 @@ impl Inspection {
     /// Has `decode` give decoded bytes to the parser, up to the size that is inspected, and to the rewriter.
     fn decode(
         &mut self,
-        plugin: &Plugin,
+        plugin: &mut Plugin,
         decode: impl FnOnce(
             &mut Option<Decoder>,
             &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
@@ -330,7 +333,7 @@ impl Inspection {
         if parser.is_none() && rewriter.is_none() {
             return (Ok(()), false);
         }
-        let mut feed = Feed::new(message, plugin.max_unit_bytes);
+        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
         let result = decode(decoder, &mut |piece| {
             let inspected = first(piece, plugin.max_body_bytes.saturating_sub(*body_bytes));
             *body_bytes = body_bytes.saturating_add(piece.len() as u64);
@@ -353,7 +356,7 @@ impl Inspection {
 
     /// The body is complete, or what came of it. Says what it was about. A stream that broke off after its own
     /// last event is complete: clients hang up there.
-    pub(super) fn end_of_body(&mut self, plugin: &Plugin, cut_short: bool) -> Option<Summary> {
+    pub(super) fn end_of_body(&mut self, plugin: &mut Plugin, cut_short: bool) -> Option<Summary> {
         let (decoded, _) = self.decode(plugin, |decoder, give| match decoder {
             Some(decoder) => decoder.finish(give),
             None => Ok(()),
@@ -381,9 +384,9 @@ impl Inspection {
         summary.or(self.summary.take())
     }
 
-    fn end_parser(&mut self, plugin: &Plugin, cut_short: bool) -> Option<Summary> {
+    fn end_parser(&mut self, plugin: &mut Plugin, cut_short: bool) -> Option<Summary> {
         let (mut parser, message) = (self.parser.take()?, self.message.as_mut()?);
-        let mut feed = Feed::new(message, plugin.max_unit_bytes);
+        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
         let result = parser.finish(&mut feed);
         let summary = parser.summary();
         self.style = Some(parser.style()).filter(|style| style.has_schema());
