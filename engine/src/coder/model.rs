@@ -518,7 +518,8 @@ impl Lanes {
     /// A field begins at byte `i` of the block.
     #[inline(always)]
     fn enter(&mut self, i: usize, quarter: usize, state: u32) {
-        let lane = if quarter == 0 { LANES - 1 } else { (i / quarter).min(LANES - 1) };
+        // A quarter of nothing: all of it is the last lane's.
+        let lane = i.checked_div(quarter).map_or(LANES - 1, |lane| lane.min(LANES - 1));
         let entries = self.entries.get_mut(lane);
         if let Some(entry) = entries.and_then(|entries| entries.get_mut(i - lane * quarter)) {
             *entry = state;
