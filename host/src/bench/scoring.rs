@@ -109,7 +109,7 @@ pub(super) fn measure(split: &Split, budget: Duration) -> Result<Scoring, BenchE
     }
     let longest = split.test.iter().map(|sample| sample.text().len()).max().unwrap_or(0);
     let mut buffer = vec![0; zstd::zstd_safe::compress_bound(longest)];
-    let mut score = || {
+    let score = || {
         let statistics = split.test.iter().map(|sample| baseline.statistic_in(&sample.message, &mut block));
         match statistics.fold(0i64, i64::wrapping_add) == expected {
             true => Ok(()),
