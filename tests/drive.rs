@@ -11,6 +11,7 @@ use driftlock_host::abi::{
     self, HeaderMap, LogSink, MetricValue, Plugin, PluginOptions, Release, SharedState,
 };
 use driftlock_host::capture::{self, Exchange, HttpRequest, HttpResponse};
+use driftlock_host::replay::telling_all;
 use driftlock_host::replay::wire::on_the_wire;
 use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{self, Step, filter_state};
@@ -155,7 +156,8 @@ impl Native {
     /// # Panics
     /// If it is refused.
     pub fn start(configuration: &[u8]) -> Self {
-        Self { plugin: session::Plugin::configure(configuration).unwrap_or_else(|error| panic!("{error}")) }
+        let configuration = telling_all(configuration.to_vec());
+        Self { plugin: session::Plugin::configure(&configuration).unwrap_or_else(|error| panic!("{error}")) }
     }
 
     /// Passes one exchange.
@@ -208,7 +210,7 @@ impl Vm {
     pub fn start(configuration: &[u8]) -> Self {
         let shared = SharedState::new();
         let options = PluginOptions {
-            plugin_configuration: configuration.to_vec(),
+            plugin_configuration: telling_all(configuration.to_vec()),
             shared: shared.clone(),
             log: LogSink::discard(),
             ..PluginOptions::default()

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use driftlock_host::capture::{HttpRequest, HttpResponse};
 use driftlock_host::envoy::{Envoy, EnvoyError, EnvoyOptions};
 use driftlock_host::gateway::{AccessLogTarget, AccessRecord, FilterSource, Gateway, GatewayOptions};
+use driftlock_host::replay::telling_all;
 use driftlock_host::replay::upstream::{Delivery, Upstream};
 use driftlock_host::replay::wire::REPLAY_ID_HEADER;
 use driftlock_inspect::host::METRIC_NAMES;
@@ -61,7 +62,7 @@ pub struct Observed {
 /// Those of [`Envoy::start`].
 pub async fn start_envoy(configuration: &[u8], upstream: SocketAddr) -> Result<Envoy, EnvoyError> {
     let mut options = EnvoyOptions::new(crate::envoy_binary(), crate::filter(), upstream);
-    options.plugin_configuration = configuration.to_vec();
+    options.plugin_configuration = telling_all(configuration.to_vec());
     tokio::task::spawn_blocking(move || Envoy::start(&options)).await.expect("no panic")
 }
 
@@ -73,7 +74,7 @@ pub async fn start_gateway(configuration: &[u8], upstream: SocketAddr) -> (Gatew
     let (records, log) = channel();
     let uri = format!("http://{upstream}").parse().expect("a URI");
     let mut options = GatewayOptions::new(uri, FilterSource::WasmFile(crate::filter()));
-    options.plugin_configuration = configuration.to_vec();
+    options.plugin_configuration = telling_all(configuration.to_vec());
     options.workers = 1;
     options.admin = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
     options.access_log = AccessLogTarget::Channel(records);
@@ -109,7 +110,7 @@ impl Proxy {
     pub async fn envoy_with(configuration: &[u8], set: impl FnOnce(&mut EnvoyOptions)) -> Self {
         let upstream = Upstream::start().await.expect("an upstream");
         let mut options = EnvoyOptions::new(crate::envoy_binary(), crate::filter(), upstream.address());
-        options.plugin_configuration = configuration.to_vec();
+        options.plugin_configuration = telling_all(configuration.to_vec());
         set(&mut options);
         let envoy = tokio::task::spawn_blocking(move || Envoy::start(&options)).await.expect("no panic");
         let envoy = envoy.unwrap_or_else(|error| panic!("{error}"));

@@ -20,7 +20,7 @@ use clap::ValueEnum;
 use driftlock_engine::adapt::{AdaptError, Renew, Rolling, RollingOptions};
 use driftlock_engine::baseline::{Snapshot, SnapshotError};
 use driftlock_engine::drift::{DriftOptions, Extent};
-use driftlock_inspect::config::{Config, ConfigError};
+use driftlock_inspect::config::{Config, ConfigError, StatePolicy};
 use driftlock_inspect::session::Plugin;
 
 use crate::capture::{self, CaptureError};
@@ -129,7 +129,7 @@ pub fn run(args: &Args) -> Result<(), AdaptCommandError> {
     let mut config = Config::parse(&plugin_configuration(args.config.as_deref(), None)?)?;
     config.settings.learning = None;
     config.settings.max_streams = usize::MAX;
-    config.report.filter_state = true;
+    config.report.filter_state = StatePolicy::Never;
     config.snapshot = Snapshot::default();
     let alpha_ppm = config.settings.alpha_ppm;
     let ppm = |share: f64| (share.clamp(0.0, 1.0) * 1e6).round() as u32;

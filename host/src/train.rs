@@ -19,7 +19,7 @@ use base64::engine::general_purpose::STANDARD;
 use driftlock_engine::baseline::Snapshot;
 use driftlock_engine::calibrate::messages_for_alpha;
 use driftlock_engine::detector::{LearningPlan, PlanError};
-use driftlock_inspect::config::{Config, ConfigError};
+use driftlock_inspect::config::{Config, ConfigError, StatePolicy};
 use driftlock_inspect::session::Plugin;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
@@ -170,7 +170,7 @@ pub fn train(exchanges: Vec<Exchange>, mut config: Config, seed: u64) -> Result<
     let alpha_ppm = config.settings.alpha_ppm;
     config.settings.learning = None;
     config.settings.max_streams = usize::MAX;
-    config.report.filter_state = true;
+    config.report.filter_state = StatePolicy::Never;
     config.snapshot = Snapshot::default();
     let mut exchanges: Vec<Exchange> =
         exchanges.into_iter().filter_map(|e| wire::on_the_wire(e).ok()).collect();

@@ -14,7 +14,7 @@ use driftlock_host::replay::envoy::{
 };
 use driftlock_host::replay::upstream::{Delivery, Split, Upstream};
 use driftlock_host::replay::wire::REPLAY_ID_HEADER;
-use driftlock_host::replay::{native, wasm::WasmReplay};
+use driftlock_host::replay::{native, telling_all, wasm::WasmReplay};
 use driftlock_inspect::session::Plugin;
 use driftlock_tests::{filter, module};
 use serde_json::{Value, json};
@@ -62,7 +62,7 @@ impl Proxy {
     ) -> Result<Self, EnvoyError> {
         let upstream = Upstream::start().await.unwrap();
         let mut options = EnvoyOptions::new(find_binary(None)?, filter(), upstream.address());
-        options.plugin_configuration = configuration.to_string().into_bytes();
+        options.plugin_configuration = telling_all(configuration.to_string().into_bytes());
         change(&mut options);
         let envoy = tokio::task::spawn_blocking(move || Envoy::start(&options)).await.unwrap()?;
         Ok(Self { upstream, envoy })

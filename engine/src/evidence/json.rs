@@ -16,10 +16,22 @@ use super::{Metrics, Scores, Span, UnitSummary, Verdict};
 /// What a verdict takes, nearly always.
 const USUAL_BYTES: usize = 1024;
 
+/// What a brief one takes.
+const BRIEF_BYTES: usize = 320;
+
 /// The JSON text of a verdict.
 pub(super) fn write(verdict: &Verdict) -> String {
-    let mut text = Text(Vec::with_capacity(USUAL_BYTES));
-    text.verdict(verdict);
+    written(verdict, USUAL_BYTES, true)
+}
+
+/// The same without scores, metrics, spans and units.
+pub(super) fn write_brief(verdict: &Verdict) -> String {
+    written(verdict, BRIEF_BYTES, false)
+}
+
+fn written(verdict: &Verdict, usual_bytes: usize, whole: bool) -> String {
+    let mut text = Text(Vec::with_capacity(usual_bytes));
+    text.verdict(verdict, whole);
     // All that is written is ASCII or was a str.
     String::from_utf8(text.0).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
@@ -27,7 +39,7 @@ pub(super) fn write(verdict: &Verdict) -> String {
 struct Text(Vec<u8>);
 
 impl Text {
-    fn verdict(&mut self, verdict: &Verdict) {
+    fn verdict(&mut self, verdict: &Verdict, whole: bool) {
         let Verdict { stream, unit, unit_index, outcome, reason, p_value, p_fraction, alpha, .. } = verdict;
         let Verdict { scores, metrics, spans, units, baseline, engine_version, .. } = verdict;
         self.raw(b"{\"stream\":");
@@ -59,14 +71,16 @@ impl Text {
         }
         self.raw(b",\"alpha\":");
         self.number(*alpha);
-        if let Some(scores) = scores {
-            self.scores(scores);
+        if whole {
+            if let Some(scores) = scores {
+                self.scores(scores);
+            }
+            self.metrics(metrics);
+            self.raw(b",\"spans\":");
+            self.list(spans, Self::span);
+            self.raw(b",\"units\":");
+            self.list(units, Self::unit);
         }
-        self.metrics(metrics);
-        self.raw(b",\"spans\":");
-        self.list(spans, Self::span);
-        self.raw(b",\"units\":");
-        self.list(units, Self::unit);
         if let Some(baseline) = baseline {
             self.raw(b",\"baseline\":");
             self.string(baseline);
@@ -370,6 +384,12 @@ mod tests {
         #[test]
         fn the_text_is_serde_jsons(verdict in verdict()) {
             prop_assert_eq!(write(&verdict), serde_json::to_string(&verdict).unwrap());
+            let read = |text: String| -> serde_json::Value { serde_json::from_str(&text).unwrap() };
+            let mut brief = read(write(&verdict));
+            for long in ["scores", "metrics", "spans", "units"] {
+                brief.as_object_mut().unwrap().remove(long);
+            }
+            prop_assert_eq!(read(write_brief(&verdict)), brief);
         }
     }
 }

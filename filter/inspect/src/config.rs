@@ -93,15 +93,29 @@ pub enum Uninspectable {
 #[serde(deny_unknown_fields, default)]
 pub struct Report {
     /// Filter state `wasm.driftlock.*` for the access log.
-    pub filter_state: bool,
+    pub filter_state: StatePolicy,
     /// Which verdicts make a log line.
     pub log: LogPolicy,
 }
 
 impl Default for Report {
     fn default() -> Self {
-        Self { filter_state: true, log: LogPolicy::Flagged }
+        Self { filter_state: StatePolicy::Brief, log: LogPolicy::Flagged }
     }
+}
+
+/// How much of a verdict is filter state. What the access log writes of every message costs the proxy more than
+/// most of its inspection.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum StatePolicy {
+    /// There is none.
+    Never,
+    /// All of it where a message is not normal or something was done with it; else without scores, metrics, spans
+    /// and units.
+    Brief,
+    /// All of it, always.
+    Full,
 }
 
 /// Which verdicts make a log line.
@@ -603,7 +617,7 @@ mod tests {
                                   "max_batch_bytes": 4096, "max_pending_bytes": 8192},
                  "limits": {"max_decoded_ratio": 10, "max_decoder_bytes": 65536, "max_body_bytes": 2048, "max_streams": 2, "max_ngrams": 4096, "max_table_bytes": 65536,
                             "max_learned_unit_bytes": 100},
-                 "report": {"filter_state": false, "log": "always"},
+                 "report": {"filter_state": "never", "log": "always"},
                  "actions": [{"stream": "*", "do": ["observe"]}],
                  "hold": {"headers": true, "max_bytes": 4096, "deadline_ms": 50}}"#,
         )
@@ -637,7 +651,7 @@ mod tests {
             (4096, 65536, 100)
         );
         assert_eq!(config.uninspectable, Uninspectable::Refuse);
-        let report = Report { filter_state: false, log: LogPolicy::Always };
+        let report = Report { filter_state: StatePolicy::Never, log: LogPolicy::Always };
         assert_eq!(config.report, report);
         assert!(!config.actions.plan("edge/request/json").tag);
         assert_eq!(config.hold, HoldLimits { headers: true, max_bytes: 4096, deadline_ms: 50 });

@@ -187,7 +187,7 @@ fn a_validator_and_the_parser_agree() {
         (json!({"limits": {"max_body_bytes": -1}}), false),
         (json!({"limits": null}), false),
         (json!({"uninspectable": "Pass"}), false),
-        (json!({"report": {"log": "always", "filter_state": false}}), true),
+        (json!({"report": {"log": "always", "filter_state": "never"}}), true),
         (json!({"report": {"log": true}}), false),
     ];
     for (document, good) in cases {

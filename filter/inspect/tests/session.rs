@@ -629,11 +629,31 @@ fn the_response_header_is_written_once_and_says_the_requests_verdict() {
             verdict["unit"].as_str().unwrap()
         )
     );
-    assert_eq!(serde_json::from_str::<Value>(&host.state[filter_state::REQUEST]).unwrap(), verdict);
+    // Of a normal message that nothing was done with, filter state has the same without what is long.
+    let mut brief = verdict.clone();
+    for long in ["scores", "metrics", "spans", "units"] {
+        assert!(brief.as_object_mut().unwrap().remove(long).is_some(), "{long}");
+    }
+    assert_eq!(serde_json::from_str::<Value>(&host.state[filter_state::REQUEST]).unwrap(), brief);
+
+    let mut host = Scripted::chat();
+    pass(
+        &mut configured(json!({"report": {"filter_state": "full", "log": "always"}})),
+        &mut host,
+        &question(9),
+        &answer(9),
+    );
+    let whole = host.verdict("request").unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&host.state[filter_state::REQUEST]).unwrap(), whole);
+
+    let mut host = Scripted::chat();
+    pass(&mut configured(json!({})), &mut host, "{\"messages\": [", &answer(9));
+    let flagged = host.verdict("request").unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&host.state[filter_state::REQUEST]).unwrap(), flagged);
 
     let mut host = Scripted::chat();
     let quiet = json!({"actions": [{"stream": "*", "do": ["observe"]}],
-                       "report": {"filter_state": false, "log": "always"}});
+                       "report": {"filter_state": "never", "log": "always"}});
     pass(&mut configured(quiet), &mut host, &question(9), &answer(9));
     assert!(host.set_headers.is_empty() && host.state.is_empty());
     assert_eq!(host.lines.len(), 2);

@@ -30,7 +30,7 @@ use driftlock_engine::drift::{Drivers, MAX_ROWS, Row, Shift, ShiftTest, Side, le
 use driftlock_engine::significance::{
     DEFAULT_PERMUTATIONS, Dependence, PermutationOutcome, Seed, false_discoveries, permutation_test,
 };
-use driftlock_inspect::config::{Config, ConfigError};
+use driftlock_inspect::config::{Config, ConfigError, StatePolicy};
 use driftlock_inspect::session::Plugin;
 use serde_json::Value;
 
@@ -292,7 +292,7 @@ pub fn compare(args: &Args) -> Result<Vec<StreamReport>, DriftCommandError> {
     let mut config = Config::parse(&configuration)?;
     config.settings.learning = None;
     config.settings.max_streams = usize::MAX;
-    config.report.filter_state = true;
+    config.report.filter_state = StatePolicy::Never;
     config.snapshot = Snapshot::default();
     let snapshot = args.model.as_deref().map(open).transpose()?;
     let most = args.max_messages.min(MAX_ROWS / 2);

@@ -36,7 +36,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use clap::ValueEnum;
 use driftlock_engine::ENGINE_VERSION;
 use driftlock_inspect::action::Rules;
-use driftlock_inspect::config::{Config, ConfigError, LogPolicy};
+use driftlock_inspect::config::{Config, ConfigError, LogPolicy, Report, StatePolicy};
 use driftlock_inspect::session::Plugin;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -421,7 +421,7 @@ fn execute<W: Write + Send>(
             let mut config = Config::parse(&plan.plugin_configuration)?;
             // No peer reads headers here, and they cost a tenth of the time.
             config.actions = Rules::observe();
-            config.report.log = LogPolicy::Never;
+            config.report = Report { log: LogPolicy::Never, filter_state: StatePolicy::Never };
             let mut free_config = config.clone();
             free_config.settings.learning = None;
             let knows = !config.snapshot.streams().is_empty();
@@ -477,6 +477,18 @@ fn without_learning(configuration: &[u8]) -> Vec<u8> {
     value.to_string().into_bytes()
 }
 
+/// The same plugin configuration with whole verdicts in filter state, where a replay through a proxy finds them. One
+/// that is no JSON object is given back: the filter says what is wrong with it.
+pub fn telling_all(configuration: Vec<u8>) -> Vec<u8> {
+    let text: &[u8] = if configuration.is_empty() { b"{}" } else { &configuration };
+    let mut value: Value = serde_json::from_slice(text).unwrap_or_default();
+    let Some(fields) = value.as_object_mut() else { return configuration };
+    let report = fields.entry("report").or_insert_with(|| serde_json::json!({}));
+    let Some(report) = report.as_object_mut() else { return configuration };
+    report.insert("filter_state".to_owned(), Value::from("full"));
+    value.to_string().into_bytes()
+}
+
 fn through_envoy<W: Write>(
     plan: &Plan,
     mut reader: Reader,
@@ -493,7 +505,7 @@ fn through_envoy<W: Write>(
     runtime.block_on(async {
         let upstream = upstream::Upstream::start().await.map_err(envoy::ReplayError::from)?;
         let mut options = EnvoyOptions::new(binary, filter, upstream.address());
-        options.plugin_configuration.clone_from(&plan.plugin_configuration);
+        options.plugin_configuration = telling_all(plan.plugin_configuration.clone());
         let envoy = Envoy::start(&options)?;
         let mut verdicts = envoy::VerdictSource::EnvoyLog(envoy.access_log().to_owned());
         let options = envoy::ReplayOptions::default();

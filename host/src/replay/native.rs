@@ -8,7 +8,7 @@
 
 use driftlock_engine::evidence::Verdict;
 use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
-use driftlock_inspect::session::{self, Plugin, Step, filter_state};
+use driftlock_inspect::session::{self, Plugin, Step};
 
 use super::cuts::Cuts;
 use super::wire::{self, View};
@@ -60,12 +60,7 @@ impl Host for Memory<'_> {
         Ok(())
     }
 
-    fn set_filter_state(&mut self, key: &str, value: &str) -> Result<(), HostError> {
-        match key {
-            filter_state::REQUEST => self.found.set_request(value),
-            filter_state::RESPONSE => self.found.set_response(value),
-            _ => {}
-        }
+    fn set_filter_state(&mut self, _key: &str, _value: &str) -> Result<(), HostError> {
         Ok(())
     }
 
@@ -85,7 +80,13 @@ impl Host for Memory<'_> {
 
     fn log(&mut self, _level: Level, _line: &str) {}
 
+    /// All of it, whatever the configuration has filter state hold.
     fn judged(&mut self, direction: Direction, verdict: &Verdict) {
+        let json = verdict.to_json();
+        match direction {
+            Direction::Request => self.found.set_request(&json),
+            Direction::Response => self.found.set_response(&json),
+        }
         if let Some([request, response]) = &mut self.sentences {
             *match direction {
                 Direction::Request => request,

@@ -51,7 +51,7 @@ impl WasmReplay {
         let log = LogSink::new(LogLevel::Error, |line| tracing::error!("filter: {}", line.message));
         let clock = VirtualClock::at_ns(0);
         let options = PluginOptions {
-            plugin_configuration,
+            plugin_configuration: super::telling_all(plugin_configuration),
             log,
             clock: Clock::Virtual(clock.clone()),
             shared: SharedState::new(),

@@ -145,12 +145,29 @@ impl Exchange {
         direction: Direction,
         how: End,
     ) -> Step {
+        match self.side(direction) {
+            Some(_) => {
+                let now_ns = host.now_ns();
+                self.end_since(plugin, host, direction, how, now_ns)
+            }
+            None => Step::Forward,
+        }
+    }
+
+    /// The same, in a callback that began at `began_ns`, by which the time is counted that it takes.
+    pub(super) fn end_since<H: Host>(
+        &mut self,
+        plugin: &mut Plugin,
+        host: &mut H,
+        direction: Direction,
+        how: End,
+        began_ns: Option<u64>,
+    ) -> Step {
         let side = match direction {
             Direction::Request => &mut self.request,
             Direction::Response => &mut self.response,
         };
         let Some(mut inspection) = side.take() else { return Step::Forward };
-        let began_ns = host.now_ns();
         let cut_short = how == End::CutShort;
         let summary = inspection.end_of_body(plugin, cut_short);
         if direction == Direction::Request && self.style.is_none() && inspection.style.is_some() {
@@ -173,19 +190,18 @@ impl Exchange {
         let taken = self.decide(&inspection, &verdict, refuse, cut_short);
         count(host, direction, taken);
         self.publish(plugin, host, direction, &verdict, taken, summary.as_ref());
-        let told = inspection.plan.tells().then(|| structured_field(&verdict));
         if direction == Direction::Request {
-            self.request_told.clone_from(&told);
+            self.request_told = inspection.plan.tells().then(|| structured_field(&verdict));
             self.request_judged = true;
         }
-        inspection.scoring_ns = inspection.scoring_ns.saturating_add(super::elapsed(host, began_ns));
-        if began_ns.is_some() {
+        if let (Some(began_ns), Some(now_ns)) = (began_ns, host.now_ns()) {
+            inspection.scoring_ns = inspection.scoring_ns.saturating_add(now_ns.saturating_sub(began_ns));
             let histogram = match direction {
                 Direction::Request => Histogram::RequestScoringTime,
                 Direction::Response => Histogram::ResponseScoringTime,
             };
             host.record(histogram, inspection.scoring_ns / 1000);
-            plugin.gauges.write(&plugin.detector, host);
+            plugin.gauges.write(&plugin.detector, host, now_ns);
         }
         if let (Direction::Response, Some(summary)) = (direction, &summary) {
             let streamed = inspection.is_stream();
@@ -198,7 +214,7 @@ impl Exchange {
                 swallow(host, direction)
             }
             Some(stop) => self.stop(host, inspection, how, stop, defect_status, &verdict),
-            None => self.pass_on(plugin, host, inspection, how, told.as_deref()),
+            None => self.pass_on(plugin, host, inspection, how, &verdict),
         }
     }
 
@@ -284,7 +300,7 @@ impl Exchange {
         host: &mut H,
         inspection: Inspection,
         how: End,
-        told: Option<&str>,
+        verdict: &Verdict,
     ) -> Step {
         let direction = inspection.direction;
         let headers_open = match direction {
@@ -297,17 +313,18 @@ impl Exchange {
             Direction::Request => REQUEST_VERDICT_HEADER,
             Direction::Response => RESPONSE_VERDICT_HEADER,
         };
-        match told {
-            Some(value) if headers_open => {
+        let trailers_open = direction == Direction::Response
+            && (how == End::Trailers || inspection.plan.trailers && how == End::Body);
+        if inspection.plan.tells() && (headers_open || trailers_open) {
+            let value = match (&self.request_told, direction) {
+                (Some(told), Direction::Request) => told,
+                _ => &structured_field(verdict),
+            };
+            if headers_open {
                 tell(host, |host| host.set_header(direction, name, value));
-            }
-            Some(value)
-                if direction == Direction::Response
-                    && (how == End::Trailers || inspection.plan.trailers && how == End::Body) =>
-            {
+            } else {
                 tell(host, |host| host.set_response_trailer(name, value));
             }
-            _ => {}
         }
         let held = inspection.hold != Hold::Nothing;
         let shadow = inspection.plan.shadow;

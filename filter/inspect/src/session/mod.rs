@@ -556,17 +556,20 @@ impl Exchange {
         let began_ns = host.now_ns();
         plugin.hold_proven |= inspection.hold == Hold::Headers;
         let spoken = inspection.read(plugin, chunk);
-        if spoken && inspection.first_token_ns.is_none() {
+        // An answer in one piece says nothing about when its words were made.
+        if spoken && inspection.is_stream() && inspection.first_token_ns.is_none() {
             inspection.first_token_ns = host.now_ns();
         }
-        inspection.scoring_ns = inspection.scoring_ns.saturating_add(elapsed(host, began_ns));
         // A body over the limit is known to be refused before its end.
         let ended = end_of_stream || plugin.refuses(inspection);
+        if !ended {
+            inspection.scoring_ns = inspection.scoring_ns.saturating_add(elapsed(host, began_ns));
+        }
         let passed = self.take_bytes(plugin, host, direction, chunk, ended);
         if let Some(step) = passed {
             return step;
         }
-        self.end(plugin, host, direction, End::Body)
+        self.end_since(plugin, host, direction, End::Body, began_ns)
     }
 }
 

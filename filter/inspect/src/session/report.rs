@@ -5,7 +5,7 @@ use alloc::format;
 use alloc::string::String;
 
 use super::{Exchange, Plugin, filter_state};
-use crate::config::LogPolicy;
+use crate::config::{LogPolicy, StatePolicy};
 use crate::content::{Label, Summary};
 use crate::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric};
 use crate::refusal::quote;
@@ -55,7 +55,8 @@ impl Exchange {
         taken: Taken,
         summary: Option<&Summary>,
     ) {
-        self.worst = self.worst.max(Some(verdict.outcome));
+        let before = self.worst;
+        self.worst = before.max(Some(verdict.outcome));
         host.judged(direction, verdict);
         let action = taken.describe();
         // What the operator excluded is no news.
@@ -67,16 +68,22 @@ impl Exchange {
             LogPolicy::Always => true,
         };
         let observed = plugin.keeper.outbox().filter(|_| !disabled);
-        if logged || observed.is_some() || plugin.report.filter_state {
+        let key = match direction {
+            Direction::Request => filter_state::REQUEST,
+            Direction::Response => filter_state::RESPONSE,
+        };
+        let stated = plugin.report.filter_state;
+        let brief = stated == StatePolicy::Brief && verdict.outcome == Outcome::Normal && action.is_none();
+        let whole = stated != StatePolicy::Never && !brief;
+        if brief {
+            tell(host, |host| host.set_filter_state(key, &verdict.to_brief_json()));
+        }
+        if logged || observed.is_some() || whole {
             let json = verdict.to_json();
             if let Some(outbox) = observed {
                 outbox.push(direction.as_str(), &json);
             }
-            let key = match direction {
-                Direction::Request => filter_state::REQUEST,
-                Direction::Response => filter_state::RESPONSE,
-            };
-            if plugin.report.filter_state {
+            if whole {
                 tell(host, |host| host.set_filter_state(key, &json));
             }
             if logged {
@@ -85,9 +92,11 @@ impl Exchange {
                 host.log(level, &line(direction, action.as_deref(), summary, &json));
             }
         }
-        if plugin.report.filter_state {
-            let outcome = self.worst.map_or("", Outcome::as_str);
-            tell(host, |host| host.set_filter_state(filter_state::OUTCOME, outcome));
+        if stated != StatePolicy::Never {
+            if before != self.worst {
+                let outcome = self.worst.map_or("", Outcome::as_str);
+                tell(host, |host| host.set_filter_state(filter_state::OUTCOME, outcome));
+            }
             if let Some(action) = &action {
                 let separator = if self.actions.is_empty() { "" } else { ", " };
                 self.actions += &format!("{separator}{}={action}", direction.as_str());
@@ -175,8 +184,12 @@ pub(super) struct Gauges {
 }
 
 impl Gauges {
-    pub(super) fn write(&mut self, detector: &driftlock_engine::detector::Detector, host: &mut impl Host) {
-        let Some(now) = host.now_ns() else { return };
+    pub(super) fn write(
+        &mut self,
+        detector: &driftlock_engine::detector::Detector,
+        host: &mut impl Host,
+        now: u64,
+    ) {
         if self.written_ns != 0 && now.saturating_sub(self.written_ns) < GAUGE_PERIOD_NS {
             return;
         }
@@ -195,20 +208,39 @@ impl Gauges {
 
 /// The verdict as a structured field item (RFC 9651 section 3.3): a token with parameters.
 pub(super) fn structured_field(verdict: &Verdict) -> String {
-    let mut value = verdict.outcome.as_str().to_owned();
+    // What it takes with a name of usual length, put together without the formatter: it is made of every message.
+    let mut value = String::with_capacity(160);
+    value += verdict.outcome.as_str();
     if let Some([rank, of]) = verdict.p_fraction {
-        value += &format!(";p=\"{rank}/{of}\"");
+        value += ";p=\"";
+        push_number(&mut value, rank);
+        value.push('/');
+        push_number(&mut value, of);
+        value.push('"');
     }
     if let Some(unit) = verdict.unit {
-        value += &format!(";unit={unit}");
+        value += ";unit=";
+        value += unit;
     }
     if let Some(reason) = &verdict.reason {
         // Reasons are plain words, digits and `:/_` by construction.
-        value += &format!(";reason=\"{reason}\"");
+        value += ";reason=\"";
+        value += reason;
+        value.push('"');
     }
-    value += &format!(";stream=\"{}\"", verdict.stream);
+    value += ";stream=\"";
+    value += &verdict.stream;
+    value.push('"');
     if let Some(baseline) = &verdict.baseline {
-        value += &format!(";baseline=sha256:{}", baseline.get(..16).unwrap_or(baseline));
+        value += ";baseline=sha256:";
+        value += baseline.get(..16).unwrap_or(baseline);
     }
     value
+}
+
+fn push_number(text: &mut String, number: u32) {
+    if number >= 10 {
+        push_number(text, number / 10);
+    }
+    text.push(char::from(b'0' + (number % 10) as u8));
 }
