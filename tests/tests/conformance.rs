@@ -269,7 +269,7 @@ fn coded(coding: Coding, headers: &mut Vec<(String, String)>, body: Vec<u8>) -> 
             ("deflate", zlib.finish().unwrap())
         }
         Coding::Br => ("br", brotli_of_stored(&body)),
-        Coding::Zstd => ("zstd", zstd::encode_all(&body, 1).unwrap()),
+        Coding::Zstd => ("zstd", zstd::encode_all(body.as_slice(), 1).unwrap()),
     };
     headers.push(("content-encoding".to_owned(), name.to_owned()));
     bytes
@@ -299,10 +299,17 @@ struct Row {
 }
 
 impl Row {
+    /// Frames of an AWS event stream go on as they are, which is counted.
+    fn answer_redacts(&self) -> bool {
+        header(&self.response.headers, "content-type") != Some(FRAMES)
+    }
+
     /// The last word of what is redacted waits for what follows it, or for the end of its coding, and nothing
     /// can be written at trailers: such an answer is broken off.
     fn waits_at_trailers(&self) -> bool {
-        !self.delivery.trailers.is_empty() && (!self.says_its_end || self.coding != Coding::Identity)
+        self.answer_redacts()
+            && !self.delivery.trailers.is_empty()
+            && (!self.says_its_end || self.coding != Coding::Identity)
     }
 }
 
@@ -512,7 +519,7 @@ async fn what_is_redacted_is_json_without_the_secret() {
                 configuration[name] = value.clone();
             }
             let proxy = envoy(version, &configuration).await;
-            let mut messages = 0;
+            let (mut messages, mut frames) = (0, 0);
             for row in rows() {
                 let what = format!("{}, {mode}, {version:?}", row.what);
                 if row.waits_at_trailers() {
@@ -522,11 +529,17 @@ async fn what_is_redacted_is_json_without_the_secret() {
                 redacted(&what, &row, &observed);
                 trailed(&row, &observed, mode);
                 messages += 1;
+                frames += u64::from(!row.answer_redacts());
             }
             let counters = proxy.counters().await;
-            for name in ["driftlock.redacted.request", "driftlock.redacted.response"] {
-                assert_eq!(counters[name], messages, "{mode}, {version:?}: {name}");
+            for (name, wanted) in [
+                ("driftlock.redacted.request", messages),
+                ("driftlock.redacted.response", messages - frames),
+                ("driftlock.errors.not_redacted", frames),
+            ] {
+                assert_eq!(counters[name], wanted, "{mode}, {version:?}: {name}");
             }
+            assert!(frames > 0);
             for name in ["driftlock.errors.host_call", "driftlock.errors.too_late"] {
                 assert_eq!(counters[name], 0, "{mode}, {version:?}: {counters:?}");
             }
@@ -541,6 +554,9 @@ fn redacted(what: &str, row: &Row, observed: &Observed) {
         observed.received.as_ref().unwrap_or_else(|| panic!("{what}: nothing reached the upstream"));
     for (side, body) in [("request", &received.body), ("answer", &answer.body)] {
         let documents = documents(what, body);
+        if side == "answer" && !row.answer_redacts() {
+            continue;
+        }
         let text = documents.iter().map(Value::to_string).collect::<String>();
         assert!(text.contains(MARKER), "{what}: no marker in the {side}: {text}");
         assert!(!text.contains("23456789abcDEF"), "{what}: the secret is in the {side}: {text}");
@@ -598,7 +614,10 @@ fn exchange(row: &Row) -> Exchange {
 /// A baseline of every API's streams, and the number of an ordinary exchange that it finds normal in all of them.
 fn learned() -> (String, usize) {
     let config = |baseline: Option<&str>| {
-        let fields = json!({"alpha": 0.01, "learn": null, "baseline": baseline});
+        let fields = match baseline {
+            Some(baseline) => json!({"alpha": 0.01, "learn": null, "baseline": baseline}),
+            None => json!({"alpha": 0.01}),
+        };
         Config::parse(fields.to_string().as_bytes()).unwrap()
     };
     let all = (0..400).flat_map(ordinary).filter(|row| row.delivery.trailers.is_empty());

@@ -5,7 +5,9 @@
 
 use std::fmt::Write as _;
 
-use driftlock_host::abi::{HeaderMap, LogSink, MetricValue, Plugin, PluginOptions, SharedState, Step};
+use driftlock_host::abi::{
+    Clock, HeaderMap, LogSink, MetricValue, Plugin, PluginOptions, SharedState, Step, VirtualClock,
+};
 use driftlock_host::capture::HttpResponse;
 use driftlock_tests::drive::Passage;
 use driftlock_tests::{baseline, module, traffic, trained};
@@ -108,11 +110,12 @@ fn a_hundred_thousand_requests_and_a_long_stream_leave_a_small_vm() {
 #[test]
 fn ten_thousand_stream_keys_stay_in_bounds() {
     const KEYS: usize = 10_000;
-    let shared = SharedState::new();
+    let (shared, clock) = (SharedState::new(), VirtualClock::at_ns(1));
     let options = PluginOptions {
         plugin_configuration: br#"{"alpha": 0.01, "learn": {"messages": 400}, "limits": {"max_streams": 8}}"#
             .to_vec(),
         shared: shared.clone(),
+        clock: Clock::Virtual(clock.clone()),
         log: LogSink::discard(),
         ..PluginOptions::default()
     };
@@ -140,6 +143,8 @@ fn ten_thousand_stream_keys_stay_in_bounds() {
     ];
     let mut half = 0;
     for i in 0..KEYS {
+        // Gauges are written once a second.
+        clock.set_ns(i as u64 * 1_000_000_000);
         let stream = plugin.stream().unwrap();
         let path = format!("/tenant-{i}{}?key={i}", paths[i % paths.len()]);
         let (kind, host) = (kinds[i % kinds.len()], format!("host-{i}.example"));

@@ -55,6 +55,11 @@ pub(crate) enum Format {
 }
 
 impl Format {
+    /// Whether classes are looked for in it; else its parts are kept whole and that is all.
+    pub(crate) fn is_redacted(self) -> bool {
+        self != Self::AmazonEvents
+    }
+
     /// Whether it is a stream whose parts are kept whole.
     pub(crate) fn is_stream(self) -> bool {
         matches!(self, Self::Lines | Self::Events | Self::AmazonEvents)
@@ -206,7 +211,7 @@ impl Rewriter {
             Format::Text => Reader::Text,
         };
         let walk = Walk {
-            classes: classes.filter(|_| format != Format::AmazonEvents),
+            classes: classes.filter(|_| format.is_redacted()),
             parts: match format {
                 Format::Lines => Parts::Documents,
                 Format::Events => Parts::Events,

@@ -37,7 +37,7 @@ use crate::decode::{self, Coding};
 use crate::exclude::{Exclusions, PathMatches};
 use crate::host::{Direction, Host, HostError, Level, Metric};
 use crate::refusal::Dialect;
-use crate::rewrite::Rewriter;
+use crate::rewrite::{Format, Rewriter};
 use inspection::{Defect, Feed, Hold, Inspection, Reading};
 use report::{Gauges, Taken, Times, structured_field, tell};
 
@@ -521,7 +521,8 @@ impl Exchange {
             if classes.is_some() || whole_parts {
                 inspection.rewriter = Some(Rewriter::new(format, classes));
             }
-        } else if classes.is_some() {
+        }
+        if classes.is_some() && !format.is_some_and(Format::is_redacted) {
             host.count(Metric::ErrorNotRedacted, 1);
         }
         let rewrites = inspection.rewriter.is_some() && !plan.shadow;
