@@ -307,9 +307,7 @@ impl Row {
     /// The last word of what is redacted waits for what follows it, or for the end of its coding, and nothing
     /// can be written at trailers: such an answer is broken off.
     fn waits_at_trailers(&self) -> bool {
-        self.answer_redacts()
-            && !self.delivery.trailers.is_empty()
-            && (!self.says_its_end || self.coding != Coding::Identity)
+        !self.delivery.trailers.is_empty() && (!self.says_its_end || self.coding != Coding::Identity)
     }
 }
 
@@ -438,7 +436,7 @@ fn documents(what: &str, body: &[u8]) -> Vec<Value> {
         return payloads(what, body).iter().map(|payload| parse(payload)).collect();
     }
     let text = String::from_utf8(body.to_vec()).unwrap_or_else(|_| panic!("{what}: not UTF-8"));
-    if text.starts_with("event:") {
+    if text.starts_with("event:") || text.starts_with("data:") {
         let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
         data.filter(|data| *data != "[DONE]").map(parse).collect()
     } else {
@@ -581,7 +579,7 @@ async fn what_still_waits_at_trailers_is_broken_off_and_counted() {
     for version in VERSIONS {
         let proxy = envoy(version, &configuration).await;
         let mut broken_off = 0;
-        for row in rows().iter().filter(|row| row.waits_at_trailers()) {
+        for row in rows().iter().filter(|row| row.waits_at_trailers() && row.answer_redacts()) {
             let what = format!("{}, {version:?}", row.what);
             let observed = pass(&proxy, row).await;
             let said = String::from_utf8_lossy(&observed.answer.body);
