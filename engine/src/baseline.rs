@@ -15,13 +15,14 @@
 //!
 //! Left out on purpose: compression of the snapshot (tables are near-random bytes; transport can).
 //!
-//! # Format, version 2, little-endian
+//! # Format, version 3, little-endian
 //! `"DRIFTLCK"`, u16 version, u32 number of streams; per stream: name, u32 messages trained on, u16
 //! number of units; per unit: name, u32 normalised classes, the model (u64 trained bytes, u32 slots, u32
 //! each, a byte each; u16 fields, three u32 each), the vocabulary (u32 blocks, u64 each), what bytes cost
-//! (u32 mean and variance of all, of text, of each field), the spread (u64, u64), five tails (u32 units,
-//! u32 beyond, i64 threshold, i64 scale, u16 quantiles, i64 each); then u32 number of calibration
-//! statistics, i64 each, rising. A name is u16 length and UTF-8 bytes. Last, 32 bytes of SHA-256.
+//! (u32 mean and variance of all, of text, of each field), the spread (u64, u64), the growth of new
+//! pairs (i64), five tails (u32 units, u32 beyond, i64 threshold, i64 scale, u16 quantiles, i64 each), two
+//! shares (u16, at most 256), u16 number of strata, each u64 shortest, u64 longest, two tails; then u32 number of
+//! calibration statistics, i64 each, rising. A name is u16 length and UTF-8 bytes. Last, 32 bytes of SHA-256.
 
 use alloc::borrow::ToOwned;
 use alloc::string::String;
@@ -30,7 +31,9 @@ use alloc::vec::Vec;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::calibrate::{Calibration, NormalRanges, Spread, Tail, UNSEEN_UNIT};
+use crate::calibrate::{
+    ByLength, Calibration, NormalRanges, Spread, Stratum, Tail, UNSEEN_UNIT, WHOLE_SHARE,
+};
 use crate::coder::{BLOCK_BYTES, Block, ContextModel, Counts, ModelError};
 use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser, Piece};
 use crate::score::{Expected, Moments, UnitModel, UnitScorer, UnitScores};
@@ -393,16 +396,17 @@ impl StreamBaseline {
                 out.extend_from_slice(&moments.mean.to_le_bytes());
                 out.extend_from_slice(&moments.variance.to_le_bytes());
             }
-            let NormalRanges { expected: _, spread, tails } = &unit.ranges;
+            let NormalRanges { expected: _, spread, pairs_growth, tails, by_length } = &unit.ranges;
             out.extend_from_slice(&spread.per_byte.to_le_bytes());
             out.extend_from_slice(&spread.per_square.to_le_bytes());
-            for tail in tails {
-                out.extend_from_slice(&tail.units.to_le_bytes());
-                out.extend_from_slice(&tail.beyond.to_le_bytes());
-                out.extend_from_slice(&tail.threshold.to_le_bytes());
-                out.extend_from_slice(&tail.scale.to_le_bytes());
-                out.extend_from_slice(&(tail.quantiles.len() as u16).to_le_bytes());
-                tail.quantiles.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
+            out.extend_from_slice(&pairs_growth.to_le_bytes());
+            tails.iter().for_each(|tail| put_tail(out, tail));
+            by_length.shares.iter().for_each(|share| out.extend_from_slice(&share.to_le_bytes()));
+            out.extend_from_slice(&(by_length.strata.len() as u16).to_le_bytes());
+            for stratum in &by_length.strata {
+                out.extend_from_slice(&stratum.shortest.to_le_bytes());
+                out.extend_from_slice(&stratum.longest.to_le_bytes());
+                stratum.tails.iter().for_each(|tail| put_tail(out, tail));
             }
         }
         out.extend_from_slice(&(self.calibration.statistics().len() as u32).to_le_bytes());
@@ -418,6 +422,15 @@ fn put_name(out: &mut Vec<u8>, name: &str) {
     out.extend_from_slice(name.as_bytes().get(..usize::from(len)).unwrap_or_default());
 }
 
+fn put_tail(out: &mut Vec<u8>, tail: &Tail) {
+    out.extend_from_slice(&tail.units.to_le_bytes());
+    out.extend_from_slice(&tail.beyond.to_le_bytes());
+    out.extend_from_slice(&tail.threshold.to_le_bytes());
+    out.extend_from_slice(&tail.scale.to_le_bytes());
+    out.extend_from_slice(&(tail.quantiles.len() as u16).to_le_bytes());
+    tail.quantiles.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
+}
+
 /// A set of stream baselines, as it is stored and shipped.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -426,7 +439,7 @@ pub struct Snapshot {
 }
 
 const MAGIC: &[u8; 8] = b"DRIFTLCK";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const DIGEST_BYTES: usize = 32;
 
 /// Why the bytes of a snapshot were refused.
@@ -455,9 +468,12 @@ pub enum SnapshotError {
     /// A name is not UTF-8, or keys are not rising.
     #[error("the baseline has a bad name at byte {0}; it was written by a faulty program")]
     Name(usize),
-    /// Calibration statistics out of order.
-    #[error("the baseline's calibration before byte {0} is not in order; it was written by a faulty program")]
+    /// Calibration statistics, quantiles or strata out of order.
+    #[error("the baseline's numbers before byte {0} are not in order; it was written by a faulty program")]
     Unsorted(usize),
+    /// A share above the whole.
+    #[error("the baseline has a share above the whole before byte {0}; it was written by a faulty program")]
+    Share(usize),
     /// A class of token that this engine does not know.
     #[error(
         "the baseline names an unknown class of token at byte {0}; it was made by a newer engine, upgrade the filter"
@@ -622,6 +638,23 @@ impl<'a> Reader<'a> {
         Ok(Tail::new(units, beyond, threshold, scale, quantiles))
     }
 
+    fn by_length(&mut self) -> Result<ByLength, SnapshotError> {
+        let shares = [self.u16()?, self.u16()?];
+        if shares.iter().any(|share| *share > WHOLE_SHARE) {
+            return Err(SnapshotError::Share(self.at));
+        }
+        let count = self.u16()?;
+        let mut strata: Vec<Stratum> = Vec::new();
+        for _ in 0..count {
+            let (shortest, longest) = (self.u64()?, self.u64()?);
+            if shortest > longest || strata.last().is_some_and(|last| last.longest >= shortest) {
+                return Err(SnapshotError::Unsorted(self.at));
+            }
+            strata.push(Stratum { shortest, longest, tails: [self.tail()?, self.tail()?] });
+        }
+        Ok(ByLength { shares, strata })
+    }
+
     fn stream(&mut self) -> Result<StreamBaseline, SnapshotError> {
         let start = self.at;
         let stream = self.name()?;
@@ -661,12 +694,14 @@ impl<'a> Reader<'a> {
         let (all, text) = (self.moments()?, self.moments()?);
         let of_fields: Result<Vec<Moments>, SnapshotError> = (0..fields).map(|_| self.moments()).collect();
         let spread = Spread { per_byte: self.u64()?, per_square: self.u64()? };
+        let pairs_growth = self.i64()?;
         let mut tails: [Tail; 5] = Default::default();
         for tail in &mut tails {
             *tail = self.tail()?;
         }
+        let by_length = self.by_length()?;
         let expected = Expected { all, text, fields: of_fields? };
-        let ranges = NormalRanges { expected: all.mean, spread, tails };
+        let ranges = NormalRanges { expected: all.mean, spread, pairs_growth, tails, by_length };
         Ok(UnitBaseline { name, model: UnitModel { normalised, coder, vocabulary, expected }, ranges })
     }
 }
@@ -762,6 +797,36 @@ mod tests {
         assert_eq!(Snapshot::decode(&bytes[..20]), Err(SnapshotError::Length(20)));
     }
 
+    /// With strata: orders of two lengths.
+    fn stratified() -> StreamBaseline {
+        let message = |i: u32| -> Vec<TrainingUnit> {
+            let tail = if i.is_multiple_of(2) { "" } else { ", and cancel the one before it for me" };
+            vec![("user", format!("where is order {}{tail}", 10 + i * 7 % 90).into_bytes())]
+        };
+        let mut trainer = StreamTrainer::new(TrainingOptions::default());
+        (0..60).for_each(|i| trainer.train(&message(i)));
+        trainer.freeze().tune("s", &(60..160).map(message).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn strata_come_back_and_lies_about_them_are_refused() {
+        let baseline = stratified();
+        let by_length = &baseline.units[0].ranges.by_length;
+        assert_eq!(by_length.strata.len(), 2, "{by_length:?}");
+        let decoded =
+            |baseline: &StreamBaseline| Snapshot::decode(&Snapshot::new([baseline.clone()]).encode());
+        assert_eq!(decoded(&baseline).unwrap().streams(), [baseline.clone()]);
+        let lie = |lie: fn(&mut ByLength)| {
+            let mut liar = baseline.clone();
+            lie(&mut liar.units[0].ranges.by_length);
+            decoded(&liar).unwrap_err()
+        };
+        assert!(matches!(lie(|l| l.shares[1] = WHOLE_SHARE + 1), SnapshotError::Share(_)));
+        assert!(matches!(lie(|l| l.strata.reverse()), SnapshotError::Unsorted(_)));
+        assert!(matches!(lie(|l| l.strata[1].shortest = l.strata[0].longest), SnapshotError::Unsorted(_)));
+        assert!(matches!(lie(|l| l.strata[0].shortest = 1 << 40), SnapshotError::Unsorted(_)));
+    }
+
     fn resealed(mut content: Vec<u8>) -> Vec<u8> {
         let digest = Digest::of(&content);
         content.extend_from_slice(&digest.0);
@@ -771,10 +836,12 @@ mod tests {
     proptest! {
         /// Bytes that pass the digest but lie: refused or usable, never a panic.
         #[test]
-        fn resealed_lies_do_no_harm(at in 0usize..4000, value in any::<u8>(), cut in 0usize..3000) {
-            let bytes = snapshot().encode();
+        fn resealed_lies_do_no_harm(from_end in any::<bool>(), at in 0usize..4000, value in any::<u8>(), cut in 0usize..3000) {
+            let bytes = Snapshot::new([stratified()]).encode();
             let mut content = bytes[..bytes.len() - 32].to_vec();
             let at = at % content.len();
+            // The ranges are at the end.
+            let at = if from_end { content.len() - 1 - at } else { at };
             content[at] = value;
             content.truncate(content.len() - cut.saturating_sub(1000));
             if let Ok(snapshot) = Snapshot::decode(&resealed(content)) {

@@ -11,11 +11,18 @@
 //! falls as exp(-(s - u) / beta), beta the mean excess there (the exponential tail of the peaks-over-
 //! threshold method, Pickands 1975). It need not be right: it only brings the views to one scale.
 //!
+//! What length has to do with it: what is ordinary in a long form is not in a short command. The total and the
+//! fields are surprising by the units of about the same length too, as far as length explains them (a share
+//! that is itself fitted; see `length`): s + share (s of the stratum - s). Lengths with fewer than
+//! [`MIN_STRATUM_UNITS`] held-out units have the range of all, and so has everything if there are fewer than
+//! twice as many units. New pairs grow with length; what a regression says of that is taken off. The peak is
+//! left as it is: by length it gains nothing (DECISIONS.md).
+//!
 //! Why the combination stays valid: all of this is fitted to messages that are not in the calibration
 //! set, so the statistic is one fixed function of a message, and one fixed function is all that the
 //! argument needs. A message of many units has one p-value, not many to correct for.
 //!
-//! Cost: about ten divisions and binary searches a unit; a calibration of n messages takes 8n bytes.
+//! Cost: about fifteen divisions and binary searches a unit; a calibration of n messages takes 8n bytes.
 //!
 //! Not guaranteed: anything about traffic that is not exchangeable with the calibration set, such as
 //! a new application behind the same route; that is drift.
@@ -24,6 +31,10 @@ use alloc::vec::Vec;
 
 use crate::coder::log2_fixed;
 use crate::score::UnitScores;
+
+mod length;
+
+pub use length::{MAX_STRATA, MIN_STRATUM_UNITS};
 
 /// Fixed-point scale of a surprise: this is one bit.
 pub const UNIT_SCORE: i64 = 1 << 20;
@@ -57,6 +68,9 @@ impl View {
     /// All, in the order of their numbers.
     pub const ALL: [Self; VIEWS] = [Self::Total, Self::Peak, Self::Fields, Self::NewPairs, Self::NewWords];
 
+    /// Those whose range depends on length.
+    pub const BY_LENGTH: [Self; 2] = [Self::Total, Self::Fields];
+
     /// As in the JSON of a verdict.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -75,8 +89,8 @@ impl View {
             // A quarter of a standard deviation; of a bit.
             Self::Total | Self::Peak => 64,
             Self::Fields => 26,
-            // Half of a square root of a pair.
-            Self::NewPairs => 128,
+            // A hundredth of the words (and 300).
+            Self::NewPairs => 655,
             // A twentieth of the words.
             Self::NewWords => 3277,
         }
@@ -190,28 +204,29 @@ impl Tail {
 
     /// To the values of held-out units, in any order. Of fewer than 100, the scale is not below that of
     /// `pooled`, since the few largest say little; without any, the tail is `pooled`.
-    fn fit(mut values: Vec<i64>, view: View, pooled: Option<&Tail>) -> Self {
+    fn fit(values: Vec<i64>, view: View, pooled: Option<&Tail>) -> Self {
         const ENOUGH: usize = 100;
+        match pooled {
+            Some(pooled) if values.is_empty() => pooled.clone(),
+            Some(pooled) if values.len() < ENOUGH => {
+                Self::with_scale_at_least(values, view.least_scale().max(pooled.scale))
+            }
+            _ => Self::with_scale_at_least(values, view.least_scale()),
+        }
+    }
+
+    fn with_scale_at_least(mut values: Vec<i64>, least: i64) -> Self {
         values.sort_unstable();
         let count = values.len();
-        if let (0, Some(pooled)) = (count, pooled) {
-            return pooled.clone();
-        }
         let beyond = (count / 10).max(5).min(count.saturating_sub(1));
         let threshold = count.checked_sub(beyond + 1).and_then(|at| values.get(at)).copied().unwrap_or(0);
         let excess: i128 =
             values.iter().rev().take(beyond).map(|&value| i128::from(value) - i128::from(threshold)).sum();
         let mean = excess.checked_div(beyond as i128).unwrap_or(0).min(i64::MAX.into()) as i64;
-        let mut scale = mean.max(view.least_scale());
-        if let Some(pooled) = pooled
-            && count < ENOUGH
-        {
-            scale = scale.max(pooled.scale);
-        }
         let kept = count.min(MAX_QUANTILES);
         let rank = |i: usize| i * count.saturating_sub(1) / kept.saturating_sub(1).max(1);
         let quantiles = (0..kept).filter_map(|i| values.get(rank(i)).copied()).collect();
-        Self::new(count as u32, beyond as u32, threshold, scale, quantiles)
+        Self::new(count as u32, beyond as u32, threshold, mean.max(least), quantiles)
     }
 
     /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
@@ -258,6 +273,71 @@ impl Tail {
     }
 }
 
+/// How much of a view held-out units of about one length have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stratum {
+    /// Symbols of the shortest unit that is judged by it.
+    pub shortest: u64,
+    /// And of the longest.
+    pub longest: u64,
+    /// By [`View::BY_LENGTH`].
+    pub tails: [Tail; View::BY_LENGTH.len()],
+}
+
+/// The views whose range depends on length, and how.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ByLength {
+    /// What a stratum has to say against all lengths together, in 1/256, by [`View::BY_LENGTH`]: the share of
+    /// the view's differences that length explains.
+    pub shares: [u16; View::BY_LENGTH.len()],
+    /// By rising length, apart from each other.
+    pub strata: Vec<Stratum>,
+}
+
+/// The whole of a share.
+pub(crate) const WHOLE_SHARE: u16 = 256;
+
+impl ByLength {
+    /// To the (symbols, values) of held-out units, in any order.
+    fn fit(mut units: Vec<(u64, [i64; VIEWS])>, tails: &[Tail; VIEWS]) -> Self {
+        units.sort_unstable();
+        let lengths: Vec<u64> = units.iter().map(|(length, _)| *length).collect();
+        let runs = length::runs(&lengths);
+        let mut fitted = Self::default();
+        for (i, run) in runs.iter().enumerate() {
+            let at = |place: usize| lengths.get(place).copied();
+            let shortest = at(run.start).unwrap_or(0);
+            let next = runs.get(i + 1).and_then(|next| at(next.start)).unwrap_or(u64::MAX);
+            let longest = length::longest_alike(shortest).min(next.saturating_sub(1));
+            fitted.strata.push(Stratum { shortest, longest, tails: Default::default() });
+        }
+        for (k, view) in View::BY_LENGTH.into_iter().enumerate() {
+            let of_view = |(_, values): &(u64, [i64; VIEWS])| values.get(view as usize).copied();
+            let values: Vec<Vec<i64>> = runs
+                .iter()
+                .map(|run| units.get(run.clone()).unwrap_or_default().iter().filter_map(of_view).collect())
+                .collect();
+            if let Some(share) = fitted.shares.get_mut(k) {
+                *share = length::explained(&values);
+            }
+            // Units of one length may be all but alike by chance.
+            let least = tails.get(view as usize).map_or(0, |tail| tail.scale / 4).max(view.least_scale());
+            for (stratum, values) in fitted.strata.iter_mut().zip(values) {
+                if let Some(tail) = stratum.tails.get_mut(k) {
+                    *tail = Tail::with_scale_at_least(values, least);
+                }
+            }
+        }
+        fitted
+    }
+
+    /// The stratum of a length, if it has one.
+    fn stratum(&self, length: u64) -> Option<&Stratum> {
+        let at = self.strata.partition_point(|stratum| stratum.longest < length);
+        self.strata.get(at).filter(|stratum| stratum.shortest <= length)
+    }
+}
+
 /// What normal units of one kind score, fitted to held-out ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NormalRanges {
@@ -265,8 +345,12 @@ pub struct NormalRanges {
     pub expected: u32,
     /// Of the total.
     pub spread: Spread,
+    /// How much more new pairs a unit of twice the length has, in the scale of [`UnitScores::new_pairs`].
+    pub pairs_growth: i64,
     /// By [`View`].
     pub tails: [Tail; VIEWS],
+    /// For units of nearly one length.
+    pub by_length: ByLength,
 }
 
 /// How surprising each view of a unit is, in 1/[`UNIT_SCORE`] bit.
@@ -282,34 +366,57 @@ impl NormalRanges {
             Some(pooled) if units.is_empty() => pooled.spread,
             _ => Spread::fit(&mut lengths),
         };
-        let mut ranges = Self { expected, spread, tails: Default::default() };
-        let values: Vec<[i64; VIEWS]> = units.iter().map(|unit| ranges.values(unit)).collect();
+        let pairs_growth = match pooled {
+            Some(pooled) if units.is_empty() => pooled.pairs_growth,
+            _ => length::slope(
+                &units.iter().map(|unit| (log2_fixed(unit.bytes), unit.new_pairs())).collect::<Vec<_>>(),
+            ),
+        };
+        let mut ranges = Self { expected, spread, pairs_growth, ..Self::default() };
+        let values: Vec<(u64, [i64; VIEWS])> =
+            units.iter().map(|unit| (unit.bytes, ranges.values(unit))).collect();
         for (view, tail) in View::ALL.into_iter().zip(0..) {
-            let of_view = values.iter().filter_map(|values| values.get(view as usize).copied()).collect();
+            let of_view =
+                values.iter().filter_map(|(_, values)| values.get(view as usize).copied()).collect();
             let pooled = pooled.and_then(|pooled| pooled.tails.get(tail));
             if let Some(slot) = ranges.tails.get_mut(tail) {
                 *slot = Tail::fit(of_view, view, pooled);
             }
         }
+        ranges.by_length = ByLength::fit(values, &ranges.tails);
         ranges
     }
 
     /// The views of a unit, each in its own scale.
     fn values(&self, scores: &UnitScores) -> [i64; VIEWS] {
+        let grown = (i128::from(self.pairs_growth) * i128::from(log2_fixed(scores.bytes))) >> 12;
+        let grown = grown.clamp(i64::MIN.into(), i64::MAX.into()) as i64;
         [
             self.spread.standardised(scores.bytes, scores.excess(self.expected)),
             scores.peak(),
             scores.fields(),
-            scores.new_pairs(),
+            scores.new_pairs().saturating_sub(grown),
             scores.new_words(),
         ]
     }
 
     /// How surprising each view of the unit is.
     pub fn surprises(&self, scores: &UnitScores) -> Surprises {
-        let mut surprises = self.values(scores);
+        let values = self.values(scores);
+        let mut surprises = values;
         for (value, tail) in surprises.iter_mut().zip(&self.tails) {
             *value = tail.surprise(*value);
+        }
+        if let Some(stratum) = self.by_length.stratum(scores.bytes) {
+            let tails = stratum.tails.iter().zip(self.by_length.shares);
+            for (view, (tail, share)) in View::BY_LENGTH.into_iter().zip(tails) {
+                if let (Some(surprise), Some(&value)) =
+                    (surprises.get_mut(view as usize), values.get(view as usize))
+                {
+                    let more = i128::from(tail.surprise(value)) - i128::from(*surprise);
+                    *surprise += (more * i128::from(share) / i128::from(WHOLE_SHARE)) as i64;
+                }
+            }
         }
         surprises
     }
@@ -513,5 +620,92 @@ mod tests {
         assert_eq!((few.units, few.threshold, few.scale), (2, 5, 105));
         assert_eq!(Tail::fit(vec![7; 500], View::Peak, Some(&pooled)).scale, View::Peak.least_scale());
         assert_eq!(Tail::fit(vec![], View::Peak, Some(&pooled)), pooled);
+    }
+
+    /// xorshift64.
+    fn numbers() -> impl FnMut(u64) -> u64 {
+        let mut x = 88_172_645_463_325_252u64;
+        move |below| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            (x >> 20) % below
+        }
+    }
+
+    /// Units of two lengths: long ones with much in their fields, short ones with little.
+    fn unit(long: bool, strangeness: u64) -> UnitScores {
+        let (bytes, field_sum) =
+            if long { (300, 20_000 + strangeness * 200) } else { (40, strangeness * 20) };
+        UnitScores { bytes, field_sum, ..UnitScores::default() }
+    }
+
+    #[test]
+    fn a_unit_is_compared_with_those_of_its_length() {
+        let mut next = numbers();
+        let mut units: Vec<UnitScores> = (0..200).map(|i| unit(i % 2 == 0, next(100))).collect();
+        let ranges = NormalRanges::fit(0, &units, None);
+        let strata = &ranges.by_length.strata;
+        assert_eq!(
+            strata.iter().map(|s| (s.shortest, s.longest)).collect::<Vec<_>>(),
+            [(40, 42), (300, 321)]
+        );
+        assert!(ranges.by_length.shares[1] > 180, "{:?}", ranges.by_length.shares);
+        let fields = |scores: &UnitScores| ranges.surprises(scores)[View::Fields as usize];
+        let odd = UnitScores { field_sum: 20_000, ..unit(false, 0) };
+        let same_of_another_length = UnitScores { bytes: 170, ..odd };
+        assert!(fields(&unit(true, 0)) < 2 * UNIT_SCORE);
+        assert!(fields(&odd) > 10 * UNIT_SCORE, "{}", fields(&odd));
+        assert!(fields(&same_of_another_length) < 2 * UNIT_SCORE, "between strata, all lengths count");
+        units.reverse();
+        assert_eq!(ranges, NormalRanges::fit(0, &units, None), "the order of units does not matter");
+    }
+
+    #[test]
+    fn few_held_out_units_have_one_range_for_all_lengths() {
+        let mut next = numbers();
+        for count in [0, 1, 2, 2 * MIN_STRATUM_UNITS - 1] {
+            let units: Vec<UnitScores> = (0..count).map(|i| unit(i % 2 == 0, next(100))).collect();
+            let ranges = NormalRanges::fit(0, &units, None);
+            assert_eq!(ranges.by_length, ByLength::default(), "{count} units");
+            assert!((0..UNSEEN_UNIT).contains(&ranges.statistic(&UnitScores::default())), "{count} units");
+        }
+    }
+
+    /// The whole way: ranges of some messages, ranks among others. At alpha 5 % the share of false alarms
+    /// stays within the 99.9 % bound, and half of them are short: one range for all would have none of those.
+    #[test]
+    fn strata_keep_false_positives_at_alpha_and_spread_them_over_lengths() {
+        let mut next = numbers();
+        let (mut short, mut long) = (0u32, 0u32);
+        let (trials, each) = (40u32, 50u32);
+        for _ in 0..trials {
+            let mut draw =
+                |n: usize| -> Vec<UnitScores> { (0..n).map(|_| unit(next(2) == 0, next(100))).collect() };
+            let ranges = NormalRanges::fit(0, &draw(150), None);
+            let calibration = Calibration::new(draw(199).iter().map(|unit| ranges.statistic(unit)).collect());
+            for unit in draw(each as usize) {
+                let flagged = calibration.p_value(ranges.statistic(&unit)).at_most(50_000);
+                *(if unit.bytes > 100 { &mut long } else { &mut short }) += u32::from(flagged);
+            }
+        }
+        let n = f64::from(trials * each);
+        // Messages of one trial share a calibration, so the bound is wider than the binomial one.
+        let bound = n * 0.05 + 3.3 * (n * 0.05 * 0.95 * (1.0 + f64::from(each) / 200.0)).sqrt();
+        assert!(f64::from(short + long) <= bound, "{short} + {long} of {n}");
+        assert!(short * 4 > long && long * 4 > short, "{short} short, {long} long");
+    }
+
+    proptest! {
+        #[test]
+        fn a_view_of_more_is_at_least_as_surprising_at_each_length(
+            units in prop::collection::vec((1u64..60, 0u64..500), 0..200), bytes in 1u64..70, a in 0u64..2000, b in 0u64..2000,
+        ) {
+            let of = |(bytes, field_sum)| UnitScores { bytes, field_sum, ..UnitScores::default() };
+            let ranges = NormalRanges::fit(0, &units.into_iter().map(of).collect::<Vec<_>>(), None);
+            let fields = |sum| ranges.surprises(&of((bytes, sum)))[View::Fields as usize];
+            prop_assert!(fields(a.min(b)) <= fields(a.max(b)));
+            prop_assert!((0..=MAX_SURPRISE).contains(&fields(a)));
+        }
     }
 }

@@ -228,9 +228,9 @@ impl UnitScores {
         i64::from(log2_fixed(self.field_sum.saturating_add(256)) >> 4) - 8 * 256
     }
 
-    /// sqrt of the number of new pairs of familiar words, in 1/256.
+    /// New pairs of familiar words / (words + 300), in 1/65536.
     pub fn new_pairs(&self) -> i64 {
-        (u64::from(self.words.new_pairs) << 16).isqrt() as i64
+        ((u64::from(self.words.new_pairs) << 16) / (u64::from(self.words.words) + 300)) as i64
     }
 
     /// New words / (words + 5), in 1/65536.
