@@ -62,7 +62,7 @@ pub fn values() -> Vec<u64> {
     (0..40).for_each(|i| baseline.learn(&text(i, 300)));
     (40..60).for_each(|i| reference.learn(&text(i, 500)));
     let mut contrast = Contrast::new(&baseline, &reference);
-    let views: Vec<_> = (60..100).map(|i| contrast.views(&text(i, 200), 900 + i, 1000)).collect();
+    let views: Vec<_> = (60..100).map(|i| contrast.views(&text(i, 200), (900 + i) << 8, 1000 << 8)).collect();
     contrast.fit(&views);
     values.extend(views.iter().map(|views| contrast.score(views) as u64));
     values

@@ -13,7 +13,8 @@
 //!
 //! What length has to do with it: what is ordinary in a long form is not in a short command. The total and the
 //! fields are surprising by the units of about the same length too, as far as length explains them (a share
-//! that is itself fitted; see `length`): s + share (s of the stratum - s). Lengths with fewer than
+//! that is itself fitted; see `length`): s + share (s' - s), s' of the stratum. Beyond log2(n + 1) bits, where
+//! the stratum's n units are too few to count, s' is at most 2 s: they may lack what the next one has. Lengths with fewer than
 //! [`MIN_STRATUM_UNITS`] held-out units have the range of all, and so has everything if there are fewer than
 //! twice as many units. New pairs grow with length; what a regression says of that is taken off. The peak is
 //! left as it is: by length it gains nothing (DECISIONS.md).
@@ -229,6 +230,11 @@ impl Tail {
         Self::new(count as u32, beyond as u32, threshold, mean.max(least), quantiles)
     }
 
+    /// As much as can be counted: more than all of the units have.
+    fn most_surprise(&self) -> i64 {
+        i64::from(log2_fixed(u64::from(self.units) + 1)) << (UNIT_SCORE.trailing_zeros() - 12)
+    }
+
     /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
     fn surprise(&self, value: i64) -> i64 {
         /// log2(e) in 1/4096.
@@ -321,7 +327,7 @@ impl ByLength {
                 *share = length::explained(&values);
             }
             // Units of one length may be all but alike by chance.
-            let least = tails.get(view as usize).map_or(0, |tail| tail.scale / 4).max(view.least_scale());
+            let least = tails.get(view as usize).map_or(0, |tail| tail.scale / 3).max(view.least_scale());
             for (stratum, values) in fitted.strata.iter_mut().zip(values) {
                 if let Some(tail) = stratum.tails.get_mut(k) {
                     *tail = Tail::with_scale_at_least(values, least);
@@ -413,7 +419,8 @@ impl NormalRanges {
                 if let (Some(surprise), Some(&value)) =
                     (surprises.get_mut(view as usize), values.get(view as usize))
                 {
-                    let more = i128::from(tail.surprise(value)) - i128::from(*surprise);
+                    let own = tail.surprise(value).min(tail.most_surprise().max(2 * *surprise));
+                    let more = i128::from(own) - i128::from(*surprise);
                     *surprise += (more * i128::from(share) / i128::from(WHOLE_SHARE)) as i64;
                 }
             }
@@ -655,7 +662,7 @@ mod tests {
         let odd = UnitScores { field_sum: 20_000, ..unit(false, 0) };
         let same_of_another_length = UnitScores { bytes: 170, ..odd };
         assert!(fields(&unit(true, 0)) < 2 * UNIT_SCORE);
-        assert!(fields(&odd) > 10 * UNIT_SCORE, "{}", fields(&odd));
+        assert!(fields(&odd) > 4 * UNIT_SCORE, "{}", fields(&odd));
         assert!(fields(&same_of_another_length) < 2 * UNIT_SCORE, "between strata, all lengths count");
         units.reverse();
         assert_eq!(ranges, NormalRanges::fit(0, &units, None), "the order of units does not matter");
