@@ -232,7 +232,8 @@ impl Tail {
 
     /// As much as can be counted: more than all of the units have.
     fn most_surprise(&self) -> i64 {
-        i64::from(log2_fixed(u64::from(self.units) + 1)) << (UNIT_SCORE.trailing_zeros() - 12)
+        // `all` is of 256 times as many.
+        i64::from(self.all.saturating_sub(8 << 12)) << (UNIT_SCORE.trailing_zeros() - 12)
     }
 
     /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
@@ -420,8 +421,8 @@ impl NormalRanges {
                     (surprises.get_mut(view as usize), values.get(view as usize))
                 {
                     let own = tail.surprise(value).min(tail.most_surprise().max(2 * *surprise));
-                    let more = i128::from(own) - i128::from(*surprise);
-                    *surprise += (more * i128::from(share) / i128::from(WHOLE_SHARE)) as i64;
+                    let more = i128::from(own - *surprise) * i128::from(share);
+                    *surprise += (more >> WHOLE_SHARE.trailing_zeros()) as i64;
                 }
             }
         }
