@@ -193,8 +193,8 @@ fn over_texts(corpus: &Corpus, paths: &mut Vec<HotPath>) {
     let words = move |step: usize| -> u64 {
         let of_text = |text: &Vec<u8>| {
             let mut tracker = WordTracker::default();
-            text.chunks(step).for_each(|piece| tracker.push(&model.vocabulary, piece));
-            tracker.end(&model.vocabulary);
+            text.chunks(step).for_each(|piece| tracker.push(&model.vocabulary, piece, false));
+            tracker.push(&model.vocabulary, &[], true);
             let tally = tracker.tally();
             u64::from(tally.words)
                 + 1000 * u64::from(tally.new_words)

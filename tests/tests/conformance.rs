@@ -680,6 +680,7 @@ async fn what_is_blocked_is_an_error_of_the_api_or_ends_as_one() {
         let counters = proxy.counters().await;
         let counted = ["driftlock.blocked.request", "driftlock.blocked.response"].map(|name| counters[name]);
         assert_eq!(counted, blocked, "{version:?}: {counters:?}");
+        assert_eq!(counters["driftlock.errors.host_call"], 0, "{counters:?}");
     }
 }
 

@@ -211,7 +211,8 @@ impl Exchange {
             _ if cut_short => Step::Forward,
             _ if inspection.cut => {
                 self.response_cut = true;
-                swallow(host, direction)
+                // At trailers all that there was of the body has been swallowed.
+                if how == End::Trailers { Step::Forward } else { swallow(host, direction) }
             }
             Some(stop) => self.stop(host, inspection, how, stop, defect_status, &verdict),
             None => self.pass_on(plugin, host, inspection, how, &verdict),
