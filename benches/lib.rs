@@ -12,7 +12,7 @@ use std::path::Path;
 use driftlock_engine::baseline::{StreamBaseline, StreamTrainer, TrainingOptions};
 use driftlock_engine::coder::Block;
 use driftlock_engine::normalise::{DEFAULT_NORMALISED, Normaliser};
-use driftlock_engine::score::UnitScorer;
+use driftlock_engine::score::{Scratch, UnitScorer};
 use driftlock_engine::significance::{DEFAULT_PERMUTATIONS, Seed, permutation_test};
 use driftlock_engine::words::WordTracker;
 use driftlock_host::capture;
@@ -224,15 +224,16 @@ fn over_texts(corpus: &Corpus, paths: &mut Vec<HotPath>) {
 
     let texts = corpus.texts.clone();
     let score = move |step: usize| -> u64 {
-        let mut block = Block::default();
+        // New every time: no text may be known from the round before.
+        let mut scratch = Scratch::default();
         let of_text = |text: &Vec<u8>| {
             let mut scorer = UnitScorer::new(model);
             let mut offset = 0;
             for piece in text.chunks(step) {
-                scorer.push(model, piece, offset, &mut block);
+                scorer.push(model, piece, offset, &mut scratch);
                 offset += piece.len() as u64;
             }
-            unit.ranges.statistic(&scorer.finish(model, &mut block)).unsigned_abs()
+            unit.ranges.statistic(&scorer.finish(model, &mut scratch)).unsigned_abs()
         };
         texts.iter().map(of_text).fold(0, u64::wrapping_add)
     };

@@ -119,7 +119,7 @@ fn run(seed: u64, mut cuts: Chance) -> Digest {
             let mut offset = 0;
             while !rest.is_empty() {
                 let (piece, behind) = rest.split_at((1 + cuts.below(90) as usize).min(rest.len()));
-                message.text(id, piece, offset, 1 << 14, detector.block());
+                message.text(id, piece, offset, 1 << 14, detector.scratch());
                 (rest, offset) = (behind, offset + piece.len() as u64);
             }
         }

@@ -36,7 +36,7 @@ use crate::calibrate::{
 };
 use crate::coder::{BLOCK_BYTES, Block, ContextModel, Counts, ModelError};
 use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser, Piece};
-use crate::score::{Expected, Moments, UnitModel, UnitScorer, UnitScores};
+use crate::score::{Expected, Moments, Scratch, UnitModel, UnitScorer, UnitScores};
 use crate::words::{Vocabulary, WordSet};
 
 /// SHA-256 of a baseline's bytes.
@@ -174,7 +174,7 @@ impl StreamTrainer {
 }
 
 /// The text as it is scored.
-fn normalise(text: &[u8], classes: ClassSet) -> Vec<u8> {
+pub(crate) fn normalise(text: &[u8], classes: ClassSet) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut normaliser = Normaliser::new(classes);
     normaliser.push(text, 0, &mut |piece| out.extend_from_slice(piece.text));
@@ -202,15 +202,15 @@ impl Models {
                 .collect()
         };
         let mut scored: Vec<(String, UnitModel, Vec<UnitScores>)> = Vec::new();
-        let (mut sum_of_means, mut kinds, mut block) = (0u64, 0u64, Block::default());
+        let (mut sum_of_means, mut kinds, mut scratch) = (0u64, 0u64, Scratch::default());
         for (name, mut model) in self.units {
             let texts = texts_of(&name);
             let normalised: Vec<Vec<u8>> =
                 texts.iter().map(|text| normalise(text, model.normalised)).collect();
             model.expect(normalised.iter().map(Vec::as_slice));
-            let scores = texts.iter().map(|text| score(&model, text, &mut block)).collect();
+            let scores = texts.iter().map(|text| score(&model, text, &mut scratch)).collect();
             if !texts.is_empty() {
-                sum_of_means += u64::from(model.expected.all.mean);
+                sum_of_means += u64::from(model.expected.all().mean);
                 kinds += 1;
             }
             scored.push((name, model, scores));
@@ -224,7 +224,7 @@ impl Models {
                 if scores.is_empty() {
                     model.expected.assume(mean);
                 }
-                let ranges = NormalRanges::fit(model.expected.all.mean, &scores, Some(&pooled));
+                let ranges = NormalRanges::fit(model.expected.all().mean, &scores, Some(&pooled));
                 UnitBaseline { name, model, ranges }
             })
             .collect();
@@ -240,8 +240,8 @@ impl Models {
     }
 }
 
-fn score(model: &UnitModel, text: &[u8], block: &mut Block) -> UnitScores {
-    UnitScorer::new(model).finish_with(model, text, 0, block)
+fn score(model: &UnitModel, text: &[u8], scratch: &mut Scratch) -> UnitScores {
+    UnitScorer::new(model).finish_with(model, text, 0, scratch)
 }
 
 /// What normal units of one kind look like.
@@ -258,12 +258,12 @@ pub struct UnitBaseline {
 impl UnitBaseline {
     /// The scores of a whole unit.
     pub fn score(&self, text: &[u8]) -> UnitScores {
-        self.score_in(text, &mut Block::default())
+        self.score_in(text, &mut Scratch::default())
     }
 
     /// As [`Self::score`], in memory that whoever scores many units keeps.
-    pub fn score_in(&self, text: &[u8], block: &mut Block) -> UnitScores {
-        score(&self.model, text, block)
+    pub fn score_in(&self, text: &[u8], scratch: &mut Scratch) -> UnitScores {
+        score(&self.model, text, scratch)
     }
 
     /// What each byte of a whole unit costs, in 1/256 bit. The cost of a marker is on the first byte of
@@ -363,15 +363,15 @@ impl StreamBaseline {
 
     /// The statistic of a whole message, as the detector computes it: the largest over its units.
     pub fn statistic(&self, units: &[TrainingUnit]) -> i64 {
-        self.statistic_in(units, &mut Block::default())
+        self.statistic_in(units, &mut Scratch::default())
     }
 
     /// As [`Self::statistic`], in memory that whoever scores many messages keeps.
-    pub fn statistic_in(&self, units: &[TrainingUnit], block: &mut Block) -> i64 {
+    pub fn statistic_in(&self, units: &[TrainingUnit], scratch: &mut Scratch) -> i64 {
         let statistic = |(name, text): &TrainingUnit| match self.unit(name) {
             _ if text.is_empty() => i64::MIN,
             None => UNSEEN_UNIT,
-            Some(unit) => unit.ranges.statistic(&unit.score_in(text, block)),
+            Some(unit) => unit.ranges.statistic(&unit.score_in(text, scratch)),
         };
         units.iter().map(statistic).max().unwrap_or(i64::MIN)
     }
@@ -392,7 +392,7 @@ impl StreamBaseline {
             out.extend_from_slice(&normalised.bits().to_le_bytes());
             coder.encode(out);
             vocabulary.encode(out);
-            for moments in [expected.all, expected.text].iter().chain(&expected.fields) {
+            for moments in [expected.all(), expected.text()].iter().chain(expected.fields()) {
                 out.extend_from_slice(&moments.mean.to_le_bytes());
                 out.extend_from_slice(&moments.variance.to_le_bytes());
             }
@@ -700,7 +700,7 @@ impl<'a> Reader<'a> {
             *tail = self.tail()?;
         }
         let by_length = self.by_length()?;
-        let expected = Expected { all, text, fields: of_fields? };
+        let expected = Expected::new(all, text, of_fields?);
         let ranges = NormalRanges { expected: all.mean, spread, pairs_growth, tails, by_length };
         Ok(UnitBaseline { name, model: UnitModel { normalised, coder, vocabulary, expected }, ranges })
     }

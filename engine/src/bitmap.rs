@@ -38,6 +38,21 @@ impl Block64 {
         Self(lanes)
     }
 
+    /// The first `len` of the bytes; the rest is zero.
+    #[inline(always)]
+    pub(crate) fn front(&self, len: usize) -> [u8; 64] {
+        const PLACES: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+        let first = u8x16::new(PLACES);
+        let places = [0, 16, 32, 48].map(|from| first + u8x16::splat(from));
+        let mut front = [0; 64];
+        // A place below `len` is the smaller one of itself and `len - 1`.
+        let last = u8x16::splat(len.saturating_sub(1).min(63) as u8);
+        for ((to, lane), places) in front.as_chunks_mut::<16>().0.iter_mut().zip(self.0).zip(places) {
+            *to = (lane & places.min(last).simd_eq(places)).to_array();
+        }
+        front
+    }
+
     /// The bytes of which `test` holds: of sixteen bytes it makes sixteen flags, 0 or 255.
     #[inline(always)]
     pub(crate) fn bits(&self, test: impl Fn(u8x16) -> u8x16) -> u64 {
@@ -92,6 +107,11 @@ mod tests {
             prop_assert_eq!(block.bits(digits), expected(|b| b.is_ascii_digit()));
             prop_assert_eq!(block.bits(|bytes| bytes), expected(|b| b >= 0x80));
             prop_assert_eq!(block.bits(|bytes| equal(bytes, b'%')), expected(|b| b == b'%'));
+            for len in 1..=text.len().min(64) {
+                let mut front = [0; 64];
+                front[..len].copy_from_slice(&text[..len]);
+                prop_assert_eq!(block.front(len), front);
+            }
         }
     }
 

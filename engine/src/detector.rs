@@ -29,9 +29,8 @@ use crate::baseline::{
     Digest, Models, Snapshot, StreamBaseline, StreamTrainer, TrainingOptions, TrainingUnit, UnitBaseline,
 };
 use crate::calibrate::{Surprises, UNSEEN_UNIT, combined, messages_for_alpha};
-use crate::coder::Block;
 use crate::evidence::{self, MAX_UNITS, Metrics, Outcome, Scores, Span, UnitSummary, Verdict};
-use crate::score::{UnitScorer, UnitScores};
+use crate::score::{Scratch, UnitScorer, UnitScores};
 
 /// Units of a message that can be under way at once; a further one joins the last of its kind.
 pub const MAX_OPEN_UNITS: usize = 80;
@@ -138,7 +137,7 @@ pub struct Detector {
     /// Baselines learned here that nobody has asked for yet.
     learned: Vec<Arc<StreamBaseline>>,
     /// What units are scored in.
-    block: Box<Block>,
+    scratch: Box<Scratch>,
 }
 
 #[derive(Debug)]
@@ -216,7 +215,7 @@ impl Detector {
             .into_iter()
             .map(|baseline| (baseline.stream().to_owned(), Stream::Frozen(Arc::new(baseline))))
             .collect();
-        Self { settings, streams, overflowed: 0, learned: Vec::new(), block: Box::default() }
+        Self { settings, streams, overflowed: 0, learned: Vec::new(), scratch: Box::default() }
     }
 
     /// Has `stream` learn by a plan of its own, from nothing. For training offline, where the number of
@@ -336,7 +335,7 @@ impl Detector {
                 }
             }
             Mode::Score { baseline, open, mut done } => {
-                open.into_iter().for_each(|unit| done.add(unit, &baseline, &mut self.block));
+                open.into_iter().for_each(|unit| done.add(unit, &baseline, &mut self.scratch));
                 verdict.metrics = Metrics::new(done.bytes, done.cost, skipped_bytes, done.units);
                 done.describe(&baseline, &mut verdict);
                 let statistic = done.strangest.first().map_or(i64::MIN, |unit| unit.statistic);
@@ -369,8 +368,8 @@ impl Detector {
     }
 
     /// Memory to score in, for all messages under way: it carries nothing from one call to the next.
-    pub fn block(&mut self) -> &mut Block {
-        &mut self.block
+    pub fn scratch(&mut self) -> &mut Scratch {
+        &mut self.scratch
     }
 
     /// Whether the message is anomalous already, whatever is still to come: a unit that is complete makes it
@@ -463,15 +462,15 @@ impl Message {
     }
 
     /// The next bytes of a unit. `body_offset` is where they stand in the message body. Units may
-    /// interleave; `max_unit_bytes` bounds what is kept of a unit while the stream learns. `block` is
-    /// memory to work in, [`Detector::block`] for one.
+    /// interleave; `max_unit_bytes` bounds what is kept of a unit while the stream learns. `scratch` is
+    /// memory to work in, [`Detector::scratch`] for one.
     pub fn text(
         &mut self,
         id: UnitId,
         text: &[u8],
         body_offset: u64,
         max_unit_bytes: usize,
-        block: &mut Block,
+        scratch: &mut Scratch,
     ) {
         match &mut self.mode {
             Mode::Ignore => {}
@@ -511,7 +510,7 @@ impl Message {
                     unit.bytes += text.len() as u64;
                     let known = unit.kind.and_then(|kind| baseline.units().get(kind));
                     if let (Some(known), Some(scorer)) = (known, &mut unit.scorer) {
-                        scorer.push(&known.model, text, body_offset, block);
+                        scorer.push(&known.model, text, body_offset, scratch);
                     }
                 }
             }
@@ -519,12 +518,12 @@ impl Message {
     }
 
     /// A unit is complete. Units not ended are complete when the message is.
-    pub fn end_unit(&mut self, id: UnitId, block: &mut Block) {
+    pub fn end_unit(&mut self, id: UnitId, scratch: &mut Scratch) {
         if let Mode::Score { baseline, open, done } = &mut self.mode
             && let Some(at) = open.iter().position(|unit| unit.id == id)
         {
             let unit = open.remove(at);
-            done.add(unit, baseline, block);
+            done.add(unit, baseline, scratch);
         }
     }
 
@@ -535,7 +534,7 @@ impl Message {
         text: &[u8],
         body_offset: u64,
         max_unit_bytes: usize,
-        block: &mut Block,
+        scratch: &mut Scratch,
     ) {
         if let Mode::Score { baseline, open, done } = &mut self.mode
             && open.len() < MAX_OPEN_UNITS
@@ -544,12 +543,12 @@ impl Message {
             let kind = baseline.units().iter().position(|unit| unit.name == id.name);
             let known = kind.and_then(|kind| baseline.units().get(kind));
             let scores = known.map(|UnitBaseline { model, .. }| {
-                UnitScorer::new(model).finish_with(model, text, body_offset, block)
+                UnitScorer::new(model).finish_with(model, text, body_offset, scratch)
             });
             done.scored(id, kind, text.len() as u64, scores, baseline);
         } else {
-            self.text(id, text, body_offset, max_unit_bytes, block);
-            self.end_unit(id, block);
+            self.text(id, text, body_offset, max_unit_bytes, scratch);
+            self.end_unit(id, scratch);
         }
     }
 
@@ -560,11 +559,11 @@ impl Message {
 }
 
 impl Finished {
-    fn add(&mut self, unit: OpenUnit, baseline: &StreamBaseline, block: &mut Block) {
+    fn add(&mut self, unit: OpenUnit, baseline: &StreamBaseline, scratch: &mut Scratch) {
         let OpenUnit { id, kind, scorer, bytes } = unit;
         let known = kind.and_then(|kind| baseline.units().get(kind));
         let scores = match (known, scorer) {
-            (Some(known), Some(mut scorer)) if bytes > 0 => Some(scorer.finish(&known.model, block)),
+            (Some(known), Some(mut scorer)) if bytes > 0 => Some(scorer.finish(&known.model, scratch)),
             _ => None,
         };
         self.scored(id, kind, bytes, scores, baseline);
@@ -649,8 +648,8 @@ mod tests {
 
     fn send(detector: &mut Detector, stream: &str, user: &str) -> Verdict {
         let mut message = detector.begin(stream);
-        message.text(TARGET, b"POST /v1/chat/completions", 0, 1 << 14, detector.block());
-        message.text(USER, user.as_bytes(), 100, 1 << 14, detector.block());
+        message.text(TARGET, b"POST /v1/chat/completions", 0, 1 << 14, detector.scratch());
+        message.text(USER, user.as_bytes(), 100, 1 << 14, detector.scratch());
         detector.finish(message, None)
     }
 
@@ -705,11 +704,11 @@ mod tests {
         assert_eq!(send(&mut detector, "s", "x").reason.as_deref(), Some("learning 1/300"));
         let mut detector = trained("s");
         let mut message = detector.begin("s");
-        message.text(USER, text(1).as_bytes(), 0, 1 << 14, detector.block());
+        message.text(USER, text(1).as_bytes(), 0, 1 << 14, detector.scratch());
         let verdict = detector.finish(message, Some("truncated".to_owned()));
         assert_eq!((verdict.outcome, verdict.reason.as_deref()), (Outcome::NotInspected, Some("truncated")));
         let mut message = detector.begin("s");
-        message.text(USER, b"\x00\xff\x00\xff now for something else", 0, 1 << 14, detector.block());
+        message.text(USER, b"\x00\xff\x00\xff now for something else", 0, 1 << 14, detector.scratch());
         let verdict = detector.finish(message, Some("truncated".to_owned()));
         assert_eq!((verdict.outcome, verdict.reason.as_deref()), (Outcome::Anomalous, Some("truncated")));
     }
@@ -737,7 +736,7 @@ mod tests {
         }
         let before = detector.snapshot().digest();
         for mut message in early {
-            message.text(USER, b"late", 0, 1 << 14, detector.block());
+            message.text(USER, b"late", 0, 1 << 14, detector.scratch());
             assert_ne!(detector.finish(message, None).outcome, Outcome::Normal);
         }
         assert_eq!(detector.snapshot().digest(), before);
@@ -751,8 +750,8 @@ mod tests {
             let id = UnitId { name: "user", index };
             let text =
                 if index == 700 { "\u{1f4a5}\u{1f4a5} drop it".to_owned() } else { text(u32::from(index)) };
-            message.text(id, text.as_bytes(), 0, 1 << 14, detector.block());
-            message.end_unit(id, detector.block());
+            message.text(id, text.as_bytes(), 0, 1 << 14, detector.scratch());
+            message.end_unit(id, detector.scratch());
         }
         let verdict = detector.finish(message, None);
         assert_eq!((verdict.outcome, verdict.unit_index), (Outcome::Anomalous, Some(700)));
@@ -780,8 +779,8 @@ mod tests {
             let mut detector = trained("s");
             let tool_id = UnitId { name: "target", index: 0 };
             let mut whole = detector.begin("s");
-            whole.text(USER, user.as_bytes(), 0, 1 << 14, detector.block());
-            whole.text(tool_id, tool.as_bytes(), 500, 1 << 14, detector.block());
+            whole.text(USER, user.as_bytes(), 0, 1 << 14, detector.scratch());
+            whole.text(tool_id, tool.as_bytes(), 500, 1 << 14, detector.scratch());
             let whole = detector.finish(whole, None);
 
             let mut split = detector.begin("s");
@@ -792,14 +791,14 @@ mod tests {
                     if first { (USER, &user, &mut a, 0) } else { (tool_id, &tool, &mut b, 500) };
                 let to = at.saturating_add(n).min(text.len());
                 if to > *at {
-                    split.text(id, &text.as_bytes()[*at..to], offset + *at as u64, 1 << 14, detector.block());
+                    split.text(id, &text.as_bytes()[*at..to], offset + *at as u64, 1 << 14, detector.scratch());
                 }
                 *at = to;
             }
             let split = detector.finish(split, None);
             let mut ended = detector.begin("s");
-            ended.whole(USER, user.as_bytes(), 0, 1 << 14, detector.block());
-            ended.whole(tool_id, tool.as_bytes(), 500, 1 << 14, detector.block());
+            ended.whole(USER, user.as_bytes(), 0, 1 << 14, detector.scratch());
+            ended.whole(tool_id, tool.as_bytes(), 500, 1 << 14, detector.scratch());
             prop_assert_eq!(&detector.finish(ended, None), &whole);
             // Units of equal statistic keep the order in which they ended.
             prop_assert_eq!(whole.outcome, split.outcome);

@@ -381,7 +381,7 @@ mod tests {
         let mut detector = Detector::new(settings, Snapshot::default());
         let mut send = |name, text: &str, defect: Option<&str>| {
             let mut message = detector.begin("app/request");
-            message.text(UnitId { name, index: 0 }, text.as_bytes(), 7, 1 << 14, detector.block());
+            message.text(UnitId { name, index: 0 }, text.as_bytes(), 7, 1 << 14, detector.scratch());
             detector.finish(message, defect.map(ToOwned::to_owned))
         };
         let first = send("user", "where is order 1", None);

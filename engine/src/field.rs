@@ -25,6 +25,7 @@
 //! log), and times in brackets that the normaliser leaves as they are. Deciding that bytes are malformed. Every input has fields; odd ones have odd
 //! fields, which no baseline knows, and that costs bits.
 
+use crate::coder::scatter;
 use crate::normalise::{Class, MARKER};
 
 /// The field of text that has none.
@@ -40,6 +41,8 @@ const BODY: u32 = 3;
 /// Longest method or protocol name, and longest query or form key, bytes; what is longer is text.
 const MAX_METHOD_BYTES: u32 = 8;
 const MAX_KEY_BYTES: u32 = 64;
+/// Bytes of a field that are counted: further on, where in it a byte stands says nothing.
+const MAX_RUN: u32 = 2 * MAX_KEY_BYTES;
 /// Deepest JSON nesting whose key path is followed.
 const MAX_DEPTH: usize = 16;
 /// The letter of a timestamp's marker.
@@ -188,8 +191,9 @@ pub struct FieldTracker {
     name: u32,
     /// Hash of the key, header or segment before.
     previous: u32,
-    /// Hash of the path so far.
+    /// Hash of the path so far, and whether it was asked for since [`Self::watch_path`].
     path: u32,
+    path_used: bool,
     /// Hash of the JSON key path to here.
     key_path: u32,
     depth: usize,
@@ -246,6 +250,7 @@ impl Default for FieldTracker {
             name: 0,
             previous: 0,
             path: 0,
+            path_used: false,
             key_path: 0,
             depth: 0,
             objects: 0,
@@ -263,7 +268,43 @@ impl FieldTracker {
         self.field
     }
 
-    /// Bytes since the field began.
+    /// Hash of the path so far.
+    pub(crate) fn path(&self) -> u32 {
+        self.path
+    }
+
+    /// From here on [`Self::path_used`] tells whether the path made a difference.
+    pub(crate) fn watch_path(&mut self) {
+        self.path_used = false;
+    }
+
+    /// Whether what was followed since [`Self::watch_path`] depends on the path before it.
+    pub(crate) fn path_used(&self) -> bool {
+        self.path_used
+    }
+
+    /// As if this path had been followed.
+    pub(crate) fn set_path(&mut self, path: u32) {
+        self.path = path;
+    }
+
+    /// Whether the other differs in nothing but the path.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let pathless = |tracker: &Self| Self { path: 0, path_used: false, ..tracker.clone() };
+        pathless(self) == pathless(other)
+    }
+
+    /// A hash of what [`Self::is_like`] compares.
+    pub(crate) fn hash(&self, seed: u64) -> u64 {
+        let two = |a: u32, b: u32| u64::from(a) << 32 | u64::from(b);
+        let Self { place, escaped, value_next, field, run, name, previous, key_path, depth, .. } = self;
+        let flags = u64::from(*escaped) << 1 | u64::from(*value_next);
+        let place = *place as u64 | flags << 8 | (*depth as u64) << 16 | u64::from(self.column) << 32;
+        let hashes = [two(*field, *run), two(*name, *previous), two(*key_path, 0), place];
+        hashes.into_iter().fold(seed, |hash, word| scatter(hash ^ word))
+    }
+
+    /// Bytes since the field began, at most 128.
     #[inline(always)]
     pub fn run(&self) -> u32 {
         self.run
@@ -280,7 +321,7 @@ impl FieldTracker {
         {
             let limit = match self.place {
                 Place::Text => {
-                    self.run = self.run.saturating_add(rest.len() as u32);
+                    self.run = self.run.saturating_add(rest.len() as u32).min(MAX_RUN);
                     return text.len();
                 }
                 Place::QueryKey | Place::FormKey => (MAX_KEY_BYTES.saturating_sub(self.run)) as usize,
@@ -288,7 +329,7 @@ impl FieldTracker {
             };
             let reach = rest.get(..limit).unwrap_or(rest);
             let inside = self.inside(reach);
-            self.run = self.run.saturating_add(inside as u32);
+            self.run = self.run.saturating_add(inside as u32).min(MAX_RUN);
             done += inside;
             if let Some(&byte) = reach.get(inside) {
                 done += 1;
@@ -339,12 +380,13 @@ impl FieldTracker {
     }
 
     fn enter_key(&mut self, place: Place) {
+        self.path_used = true;
         self.enter_named(place, Kind::Key, join(self.path, self.previous));
     }
 
     /// One byte that may end the field.
     fn stop(&mut self, byte: u8) {
-        self.run = self.run.saturating_add(1);
+        self.run = (self.run + 1).min(MAX_RUN);
         match self.place {
             Place::Text => {}
             Place::Start => self.start(byte),
@@ -365,6 +407,7 @@ impl FieldTracker {
             }
             Place::Segment => {
                 let name = self.name;
+                self.path_used = true;
                 self.path = join(self.path, name);
                 match byte {
                     b'/' => self.enter_named(Place::Segment, Kind::Segment, name),
@@ -378,6 +421,7 @@ impl FieldTracker {
             }
             Place::QueryKey | Place::FormKey => {
                 self.previous = self.name;
+                self.path_used = true;
                 let value = if self.place == Place::QueryKey { Place::QueryValue } else { Place::FormValue };
                 match byte {
                     b'=' => self.enter_named(value, Kind::Value, join(self.path, self.name)),
@@ -423,7 +467,8 @@ impl FieldTracker {
                     self.between(byte);
                 }
             }
-            Place::JsonKey | Place::JsonString if self.escaped => {
+            Place::JsonString if self.escaped => self.escaped = false,
+            Place::JsonKey if self.escaped => {
                 self.escaped = false;
                 self.name = absorb(self.name, byte);
             }
@@ -479,6 +524,7 @@ impl FieldTracker {
     /// Behind the space that ends a column.
     fn enter_column(&mut self) {
         self.column = (self.column + 1).min(MAX_COLUMNS);
+        self.path_used = true;
         self.path = 0;
         self.previous = 0;
         self.escaped = false;
@@ -520,6 +566,7 @@ impl FieldTracker {
             }
             b'=' if self.run > 1 => {
                 self.previous = self.name;
+                self.path_used = true;
                 self.enter_named(Place::FormValue, Kind::Value, join(self.path, self.name));
             }
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'-' | b'.' | b'[' | b']' | b'%' | b'$'
@@ -737,7 +784,7 @@ mod tests {
                     // One field as far as the tracker went, and another one behind it if it says so.
                     prop_assert!(bytewise[at..at + len].iter().all(|&f| f == field));
                     prop_assert_eq!(bytewise[at + len], tracker.field());
-                    prop_assert!(tracker.run() == 0 || tracker.run() == run + len as u32);
+                    prop_assert!(tracker.run() == 0 || tracker.run() == (run + len as u32).min(MAX_RUN));
                     at += len;
                 }
             }

@@ -17,18 +17,24 @@
 //! [`crate::calibrate`] makes one statistic of the views. Spans say where, not whether: on traffic with
 //! random tokens the largest excess of every normal message is its token.
 //!
-//! Cost: the model's (see [`crate::coder`]), and about five operations a byte; a [`UnitScorer`] takes under
-//! 3 KiB, whatever the unit's length. Every split of the bytes into chunks gives the same result, since
+//! Cost: the model's (see [`crate::coder`]), and about five operations a byte; less for text that came
+//! before, whose sums are looked up (see [`memo`]). A [`UnitScorer`] takes under 3 KiB, whatever the unit's
+//! length. Every split of the bytes into chunks gives the same result, since
 //! all of it is sums and one recurrence.
 
 use crate::bitmap::below;
 use crate::coder::{
-    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, log2_fixed, peak_weight,
+    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed,
+    peak_weight,
 };
 use crate::normalise::{ClassSet, Normaliser, Piece};
-use crate::words::{Vocabulary, WordTally, WordTracker};
+use crate::words::{Passage, Vocabulary, WordTally, WordTracker};
 use alloc::vec::Vec;
 use wide::{i16x8, i32x4, u16x8};
+
+mod memo;
+
+use memo::{Also, Cuts, Ended, Known, Memo, StateId, Stretch, Sums};
 
 /// How many spans are kept as evidence.
 pub const MAX_SPANS: usize = 3;
@@ -52,12 +58,11 @@ pub struct UnitModel {
 /// What bytes cost in held-out normal units.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
-    /// Of all bytes.
-    pub all: Moments,
-    /// Of bytes in fields without contexts of their own, and in free text.
-    pub text: Moments,
-    /// Of each field with contexts of its own.
-    pub fields: Vec<Moments>,
+    all: Moments,
+    text: Moments,
+    fields: Vec<Moments>,
+    /// A hash of all of them.
+    identity: u64,
 }
 
 /// Mean and variance of the cost of a byte.
@@ -148,20 +153,45 @@ impl UnitModel {
         let mut all = text;
         fields.iter().for_each(|sums| all.merge(*sums));
         let all = all.own_moments();
-        self.expected = Expected {
-            all,
-            text: text.moments(all),
-            fields: fields.into_iter().map(|sums| sums.moments(all)).collect(),
-        };
+        let fields = fields.into_iter().map(|sums| sums.moments(all)).collect();
+        self.expected = Expected::new(all, text.moments(all), fields);
+    }
+
+    /// A hash of all that decides a score.
+    fn identity(&self) -> u64 {
+        let parts = [self.coder.identity(), self.vocabulary.identity(), self.expected.identity];
+        identity(parts.into_iter().chain([self.normalised.bits().into()]))
     }
 }
 
 impl Expected {
+    /// Of all bytes; of those in fields without contexts of their own, and in free text; of each field with
+    /// contexts of its own.
+    pub fn new(all: Moments, text: Moments, fields: Vec<Moments>) -> Self {
+        let numbers = |moments: &Moments| u64::from(moments.mean) << 32 | u64::from(moments.variance);
+        let identity = identity([&all, &text].into_iter().chain(&fields).map(numbers));
+        Self { all, text, fields, identity }
+    }
+
+    /// Of all bytes.
+    pub fn all(&self) -> Moments {
+        self.all
+    }
+
+    /// Of bytes in fields without contexts of their own, and in free text.
+    pub fn text(&self) -> Moments {
+        self.text
+    }
+
+    /// Of each field with contexts of its own.
+    pub fn fields(&self) -> &[Moments] {
+        &self.fields
+    }
+
     /// Without units to tell: every byte costs `mean` (1/65536 bit), as much as other kinds' do.
     pub(crate) fn assume(&mut self, mean: u32) {
         let moments = CostSums::default().moments(Moments { mean, variance: mean });
-        (self.all, self.text) = (moments, moments);
-        self.fields.fill(moments);
+        *self = Self::new(moments, moments, alloc::vec![moments; self.fields.len()]);
     }
 
     fn of(&self, field: Option<FieldNumber>) -> Moments {
@@ -239,6 +269,22 @@ impl UnitScores {
     }
 }
 
+/// Memory to score in: what is worked on, and what was scored before. It decides how long a score takes and
+/// nothing else, so it is kept by whoever scores, for any units of any baselines.
+#[derive(Clone, Debug, Default)]
+pub struct Scratch {
+    block: Block,
+    memo: Memo,
+    known_bytes: u64,
+}
+
+impl Scratch {
+    /// How many bytes were scored by looking up what they had come to before.
+    pub fn known_bytes(&self) -> u64 {
+        self.known_bytes
+    }
+}
+
 /// Running score of one content unit.
 #[derive(Clone, Debug)]
 pub struct UnitScorer {
@@ -246,23 +292,25 @@ pub struct UnitScorer {
     normaliser: Normaliser,
     gathered: Gathered,
     accounts: Accounts,
+    /// The model's.
+    identity: u64,
 }
 
-/// Most stretches of source text that a block is put together from.
-const MAX_STRETCHES: usize = 24;
+/// Most places that a block is put together from.
+const MAX_ORIGINS: usize = 24;
 
 /// Normalised text that waits to be a block, and where it comes from.
 #[derive(Clone, Debug)]
 struct Gathered {
     text: [u8; BLOCK_BYTES],
     len: usize,
-    stretches: [Stretch; MAX_STRETCHES],
+    origins: [Origin; MAX_ORIGINS],
     used: usize,
 }
 
 /// Bytes from `at` on come from here.
 #[derive(Clone, Copy, Debug, Default)]
-struct Stretch {
+struct Origin {
     at: u16,
     /// All of its bytes stand for the whole of this source; else the source goes on with them.
     token: bool,
@@ -285,8 +333,8 @@ impl Gathered {
     const EMPTY: Self = Self {
         text: [0; BLOCK_BYTES],
         len: 0,
-        stretches: [Stretch { at: 0, token: false, offset: 0, source_len: 0, body_start: 0, body_len: 0 };
-            MAX_STRETCHES],
+        origins: [Origin { at: 0, token: false, offset: 0, source_len: 0, body_start: 0, body_len: 0 };
+            MAX_ORIGINS],
         used: 0,
     };
 
@@ -299,7 +347,7 @@ impl Gathered {
         let rest = piece.text.get(from..).unwrap_or_default();
         let room = BLOCK_BYTES - self.len;
         let token = piece.class.is_some();
-        if self.used == MAX_STRETCHES || (token && rest.len() > room) {
+        if self.used == MAX_ORIGINS || (token && rest.len() > room) {
             return 0;
         }
         let taken = rest.get(..room).unwrap_or(rest);
@@ -308,13 +356,12 @@ impl Gathered {
         }
         let skipped = if token { 0 } else { from as u64 };
         let (offset, body_start) = (piece.offset + skipped, piece.body_start + skipped);
-        let goes_on =
-            self.used.checked_sub(1).and_then(|last| self.stretches.get(last)).is_some_and(|last| {
-                let len = self.len as u64 - u64::from(last.at);
-                !token && !last.token && last.offset + len == offset && last.body_start + len == body_start
-            });
-        if !goes_on && let Some(slot) = self.stretches.get_mut(self.used) {
-            *slot = Stretch {
+        let goes_on = self.used.checked_sub(1).and_then(|last| self.origins.get(last)).is_some_and(|last| {
+            let len = self.len as u64 - u64::from(last.at);
+            !token && !last.token && last.offset + len == offset && last.body_start + len == body_start
+        });
+        if !goes_on && let Some(slot) = self.origins.get_mut(self.used) {
+            *slot = Origin {
                 at: self.len as u16,
                 token,
                 offset,
@@ -329,19 +376,19 @@ impl Gathered {
     }
 
     fn source(&self, i: usize) -> Source {
-        let stretches = self.stretches.get(..self.used).unwrap_or_default();
-        let at = stretches.partition_point(|stretch| usize::from(stretch.at) <= i).saturating_sub(1);
-        let stretch = stretches.get(at).copied().unwrap_or_default();
-        if stretch.token {
+        let origins = self.origins.get(..self.used).unwrap_or_default();
+        let at = origins.partition_point(|origin| usize::from(origin.at) <= i).saturating_sub(1);
+        let origin = origins.get(at).copied().unwrap_or_default();
+        if origin.token {
             return Source {
-                start: stretch.offset,
-                end: stretch.offset + u64::from(stretch.source_len),
-                body_start: stretch.body_start,
-                body_end: stretch.body_start + u64::from(stretch.body_len),
+                start: origin.offset,
+                end: origin.offset + u64::from(origin.source_len),
+                body_start: origin.body_start,
+                body_end: origin.body_start + u64::from(origin.body_len),
             };
         }
-        let into = (i - usize::from(stretch.at)) as u64;
-        let (start, body_start) = (stretch.offset + into, stretch.body_start + into);
+        let into = (i - usize::from(origin.at)) as u64;
+        let (start, body_start) = (origin.offset + into, origin.body_start + into);
         Source { start, end: start + 1, body_start, body_end: body_start + 1 }
     }
 }
@@ -371,19 +418,25 @@ impl UnitScorer {
             normaliser: Normaliser::new(model.normalised),
             gathered: Gathered::EMPTY,
             accounts: Accounts::new(model),
+            identity: model.identity(),
         }
     }
 
     /// Scores the unit's next bytes. `body_offset` is where `text` stands in the message body; a stretch
-    /// without escapes advances one for one. `block` is memory to work in, and carries nothing.
-    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, block: &mut Block) {
-        let Self { normaliser, gathered, accounts } = self;
-        normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, block));
+    /// without escapes advances one for one.
+    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, scratch: &mut Scratch) {
+        let known = self.pass_known(model, text, body_offset, false, scratch);
+        self.score(
+            model,
+            text.get(known..).unwrap_or_default(),
+            body_offset + known as u64,
+            &mut scratch.block,
+        );
     }
 
     /// The scores of what has been pushed.
-    pub fn finish(&mut self, model: &UnitModel, block: &mut Block) -> UnitScores {
-        self.finish_with(model, &[], 0, block)
+    pub fn finish(&mut self, model: &UnitModel, scratch: &mut Scratch) -> UnitScores {
+        self.finish_with(model, &[], 0, scratch)
     }
 
     /// Scores the unit's last bytes, and ends it: as [`Self::push`] and [`Self::finish`], at less cost for a
@@ -393,17 +446,199 @@ impl UnitScorer {
         model: &UnitModel,
         text: &[u8],
         body_offset: u64,
-        block: &mut Block,
+        scratch: &mut Scratch,
     ) -> UnitScores {
-        let Self { normaliser, gathered, accounts } = self;
+        let known = self.pass_known(model, text, body_offset, true, scratch);
+        let Self { normaliser, gathered, accounts, .. } = self;
+        let block = &mut scratch.block;
         let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, block);
         let ending = core::mem::replace(normaliser, Normaliser::new(model.normalised));
-        ending.finish_with(text, body_offset, emit);
+        ending.finish_with(text.get(known..).unwrap_or_default(), body_offset + known as u64, emit);
         accounts.flush(model, gathered, block, true);
         accounts.end(model);
         accounts.scores
     }
+
+    /// Normalises and scores.
+    fn score(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, block: &mut Block) {
+        let Self { normaliser, gathered, accounts, .. } = self;
+        normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, block));
+    }
+
+    /// Takes stretches from the front of `text` as long as some were scored before, and what stands between
+    /// those; returns how many bytes that is.
+    fn pass_known(
+        &mut self,
+        model: &UnitModel,
+        text: &[u8],
+        body_offset: u64,
+        at_end: bool,
+        scratch: &mut Scratch,
+    ) -> usize {
+        let Scratch { block, memo, .. } = scratch;
+        if text.len() < WORTH_A_LOOK {
+            return 0;
+        }
+        let Some(eager) = memo.prospect(self.identity, text.len()) else { return 0 };
+        let (mut done, mut at, mut known_bytes, mut detours) = (0, 0, 0, 0);
+        let mut cuts = Cuts::new(text, 0);
+        // The state, while `accounts.state` is behind.
+        let mut ahead: Option<StateId> = None;
+        // Where a stretch begins that came before and waits for another.
+        let mut first = None;
+        while let Some(rest) = text.get(at..) {
+            let cut = cuts.stretch(text, at);
+            let last = cut.is_none();
+            let Some(len) = cut.or((at_end && memo::is_stretch(rest)).then_some(rest.len())) else { break };
+            let stretch = Stretch::new(rest, len, last);
+            let start = at;
+            at += len;
+            if !memo.came_before(&stretch) {
+                first = None;
+                continue;
+            }
+            if ahead.is_none() && done < start && !last && !eager {
+                match first {
+                    None => {
+                        first = Some(start);
+                        continue;
+                    }
+                    Some(of_first) if of_first < start => {
+                        at = of_first;
+                        cuts = Cuts::new(text, at);
+                        continue;
+                    }
+                    Some(_) => {}
+                }
+            }
+            first = None;
+
+            if done < start {
+                self.catch_up(memo, ahead.take(), text.get(..done).unwrap_or_default());
+                let between = text.get(done..start).unwrap_or_default();
+                self.score(model, between, body_offset + done as u64, block);
+                done = start;
+                detours += 1;
+            }
+            if ahead.is_none() && !self.is_at_rest(model, block) {
+                continue;
+            }
+            let before = ahead.unwrap_or_else(|| memo.state_id(self.identity, &self.accounts.state));
+            let body_start = body_offset + start as u64;
+            let holds = |also: &memo::Also| {
+                also.path.is_none_or(|(path, _)| path == self.accounts.state.tracker().path())
+                    && also.plain.is_none_or(|plain| plain == self.plain_before(model, ahead, text, start))
+            };
+            if let Some(known) = memo.find(before, &stretch, holds) {
+                self.accounts.pass(model, known);
+                self.normaliser.pass(stretch.text(), body_start);
+                ahead = Some(known.after);
+                known_bytes += len;
+            } else {
+                detours += 1;
+                self.catch_up(memo, ahead.take(), text.get(..start).unwrap_or_default());
+                ahead = self.learn(model, memo, before, &stretch, body_start, block);
+                if ahead.is_none() {
+                    memo.give_up(&stretch);
+                }
+            }
+            done = at;
+        }
+        self.catch_up(memo, ahead, text.get(..done).unwrap_or_default());
+        memo.account(self.identity, known_bytes, detours);
+        scratch.known_bytes += known_bytes as u64;
+        done
+    }
+
+    /// Makes the state that which `text` was found to lead to.
+    fn catch_up(&mut self, memo: &Memo, ahead: Option<StateId>, text: &[u8]) {
+        if let Some(state) = ahead.and_then(|id| memo.state(id)) {
+            self.accounts.state.go_on_as(state, text);
+        }
+    }
+
+    /// The plain state before `text[start]`.
+    #[inline(never)]
+    fn plain_before(&self, model: &UnitModel, ahead: Option<StateId>, text: &[u8], start: usize) -> u32 {
+        match (ahead, text.get(..start).and_then(<[u8]>::last_chunk::<4>)) {
+            (Some(_), Some(last)) => model.coder.plain_state(last),
+            _ => model.coder.plain_before(&self.accounts.state),
+        }
+    }
+
+    /// Nothing waits: what comes next depends on the coder's state and the sums alone. Scores what was
+    /// gathered if that is all that waits.
+    fn is_at_rest(&mut self, model: &UnitModel, block: &mut Block) -> bool {
+        if !self.normaliser.is_idle() {
+            return false;
+        }
+        if !self.gathered.text().is_empty() {
+            self.accounts.flush(model, &mut self.gathered, block, false);
+        }
+        self.accounts.words.is_between_words()
+    }
+
+    /// Scores a stretch, and keeps what it came to if it would come to that again. At rest; the state behind
+    /// it, if it is at rest there.
+    fn learn(
+        &mut self,
+        model: &UnitModel,
+        memo: &mut Memo,
+        before: StateId,
+        stretch: &Stretch,
+        body_start: u64,
+        block: &mut Block,
+    ) -> Option<StateId> {
+        let (text, last) = (stretch.text(), stretch.is_last());
+        let old = self.accounts.scores;
+        let old_field = (self.accounts.field_cost, self.accounts.field_bytes);
+        let plain_before = model.coder.plain_before(&self.accounts.state);
+        let path_before = self.accounts.state.tracker().path();
+        self.accounts.state.tracker().watch_path();
+        if last {
+            let Self { normaliser, gathered, accounts, .. } = self;
+            let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, block);
+            core::mem::replace(normaliser, Normaliser::new(model.normalised))
+                .finish_with(text, body_start, emit);
+        } else {
+            self.score(model, text, body_start, block);
+        }
+        if !self.normaliser.is_idle() || self.gathered.text() != text {
+            return None;
+        }
+        self.accounts.flush(model, &mut self.gathered, block, last);
+        let epoch = memo.epoch;
+        let after = memo.state_id(self.identity, &self.accounts.state);
+        if !self.accounts.words.is_between_words() {
+            return None;
+        }
+        let tracker = self.accounts.state.tracker();
+        let (path, path_used) = (tracker.path(), tracker.path_used());
+        let Accounts { scores, field_cost, field_bytes, reference, .. } = &self.accounts;
+        let small = |sum: u64| u32::try_from(sum).ok();
+        let ended = Accounts::ended(model, block);
+        let (cost_before, bytes_before) = if ended.is_some() { (0, 0) } else { old_field };
+        let sums = Sums {
+            cost: small(scores.cost - old.cost)?,
+            peak_sum: small(scores.peak_sum - old.peak_sum)?,
+            ended,
+            field_cost: small(field_cost - cost_before)?,
+            field_bytes: small(field_bytes - bytes_before)?,
+            words: Passage::of(&model.vocabulary, text, last)?,
+        };
+        if block.costs().iter().any(|&cost| u32::from(cost) > *reference) {
+            memo.give_up(stretch);
+        } else if memo.epoch == epoch {
+            let plain = block.looked_back().then_some(plain_before);
+            let also = Also { plain, path: path_used.then_some((path_before, path)) };
+            memo.keep(Known { before, after, also, stretch: stretch.clone(), sums });
+        }
+        Some(after)
+    }
 }
+
+/// Shorter texts are scored as they are.
+const WORTH_A_LOOK: usize = 48;
 
 impl Accounts {
     fn new(model: &UnitModel) -> Self {
@@ -476,6 +711,29 @@ impl Accounts {
         (self.field_cost, self.field_bytes) = (0, 0);
     }
 
+    /// The fields that end in a block, if any does.
+    fn ended(model: &UnitModel, block: &Block) -> Option<Ended> {
+        let mut segments = block.segments();
+        let (mut cost, mut start) = (0, 0);
+        let first = segments.by_ref().find(|segment| {
+            cost += sum(block.costs().get(start..segment.end).unwrap_or_default());
+            start = segment.end;
+            segment.complete
+        })?;
+        let bytes = first.end as u32;
+        let mut others = Self::new(model);
+        for segment in segments {
+            let costs = block.costs().get(start..segment.end).unwrap_or_default();
+            others.field_cost += u64::from(sum(costs));
+            others.field_bytes += costs.len() as u64;
+            if segment.complete {
+                others.end_field(model, segment.field);
+            }
+            start = segment.end;
+        }
+        Some(Ended { cost, bytes, field: first.field, others: others.scores.field_sum })
+    }
+
     fn end(&mut self, model: &UnitModel) {
         if self.scores.bytes == 0 {
             return;
@@ -490,6 +748,37 @@ impl Accounts {
         self.end_field(model, self.state.field());
         self.scores.words = self.words.tally();
         self.keep_current();
+    }
+
+    /// As [`Self::flush`] of a stretch that came to this in this state, but for the state.
+    #[inline(always)]
+    fn pass(&mut self, model: &UnitModel, known: &Known) {
+        let Sums { cost, peak_sum, ended, field_cost, field_bytes, words } = &known.sums;
+        let (cost, bytes) = (u64::from(*cost), known.stretch.text().len() as u64);
+        self.scores.source_bytes += bytes;
+        self.scores.bytes += bytes;
+        self.scores.cost += cost;
+        self.scores.peak_sum += u64::from(*peak_sum);
+        if let Some(Ended { cost, bytes, field, others }) = ended {
+            self.field_cost += u64::from(*cost);
+            self.field_bytes += u64::from(*bytes);
+            self.end_field(model, *field);
+            self.scores.field_sum = self.scores.field_sum.saturating_add(*others);
+        }
+        self.field_cost += u64::from(*field_cost);
+        self.field_bytes += u64::from(*field_bytes);
+        if let Some((_, path)) = known.also.path {
+            self.state.tracker().set_path(path);
+        }
+        self.words.pass(&model.vocabulary, words);
+        if self.height > 0 {
+            // No byte costs more than the reference: the CUSUM only falls.
+            self.height = (self.height + cost).saturating_sub(bytes * u64::from(self.reference));
+            self.running_cost += cost;
+            if self.height == 0 {
+                self.keep_current();
+            }
+        }
     }
 
     /// Follows the CUSUM over the costs of what was gathered.
@@ -629,8 +918,10 @@ fn sum(costs: &[u16]) -> u32 {
 mod tests {
     use super::*;
     use crate::coder::Counts;
+    use crate::normalise::DEFAULT_NORMALISED;
     use crate::words::WordSet;
     use proptest::prelude::*;
+    use std::string::String;
     use std::vec::Vec;
 
     fn model(normalised: ClassSet) -> UnitModel {
@@ -651,14 +942,23 @@ mod tests {
     }
 
     fn score(model: &UnitModel, text: &[u8], cuts: &[usize], body: u64) -> UnitScores {
+        score_in(model, text, cuts, body, &mut Scratch::default())
+    }
+
+    fn score_in(
+        model: &UnitModel,
+        text: &[u8],
+        cuts: &[usize],
+        body: u64,
+        scratch: &mut Scratch,
+    ) -> UnitScores {
         let mut cuts: Vec<usize> = cuts.iter().map(|&c| c.min(text.len())).chain([0, text.len()]).collect();
         cuts.sort_unstable();
         let mut scorer = UnitScorer::new(model);
-        let mut block = Block::default();
         for pair in cuts.windows(2) {
-            scorer.push(model, &text[pair[0]..pair[1]], body + pair[0] as u64, &mut block);
+            scorer.push(model, &text[pair[0]..pair[1]], body + pair[0] as u64, scratch);
         }
-        scorer.finish(model, &mut block)
+        scorer.finish(model, scratch)
     }
 
     /// All maximal excursions of the CUSUM by the textbook recurrence, largest first.
@@ -758,6 +1058,134 @@ mod tests {
                 }
             }
         }
+    }
+
+    const PARTS: [&str; 22] = [
+        "GET /orders?id=",
+        "POST /orders/new HTTP/1.1\r\n",
+        "Host: localhost:8080\r\n",
+        "\r\n",
+        "&note=",
+        "order 7 of customer 7 is on its way",
+        "name=x&",
+        "{\"role\": \"system\", \"content\": \"",
+        "\"},",
+        "{\"a\":{\"b\":[\"c\",\"d\"",
+        "You are a helpful assistant, and you never lie to customers. ",
+        "\n",
+        "\\",
+        "it's ",
+        "2026-11-23T10:00:00Z",
+        "6f1c9f0e-5b1a-4c58-9f6e-2f1f0b8a7c11",
+        "user@example.org ",
+        "12-",
+        "Content-Length: 159\r\nContent-Type: application/json; charset=utf-8\r\n",
+        "%3D",
+        "é",
+        "127.0.0.1 - - [23/Nov/2026:10:00:00 +0000] \"GET / HTTP/1.1\" 200 12\n",
+    ];
+
+    /// A form that is sent somewhere: which of `PATHS`, and which values of which of `KEYS`.
+    fn form(path: usize, id: usize, values: &[(usize, usize)]) -> String {
+        const PATHS: [&str; 3] = ["/shop/buy", "/shop/sell", "/members"];
+        const KEYS: [&str; 4] = ["delivery_city", "currency", "x", "comment"];
+        const VALUES: [&str; 5] = ["amsterdam", "rotterdam", "7", "!", "as+soon+as+you+can"];
+        let path = PATHS[path % PATHS.len()];
+        let head = std::format!("POST {path}?session={id} HTTP/1.1\r\nHost: localhost:8080\r\n");
+        let head = head + "Accept-Language: en\r\nContent-Type: application/x-www-form-urlencoded\r\n";
+        let pair = |&(key, value): &(usize, usize)| {
+            std::format!("{}={}", KEYS[key % KEYS.len()], VALUES[value % VALUES.len()])
+        };
+        head + "\r\n" + &values.iter().map(pair).collect::<Vec<_>>().join("&")
+    }
+
+    /// Text of parts that come again and again, and some that do not.
+    fn repetitive() -> impl Strategy<Value = Vec<u8>> {
+        let part = prop_oneof![
+            12 => (0..PARTS.len()).prop_map(|i| PARTS[i].as_bytes().to_vec()),
+            1 => prop::collection::vec(any::<u8>(), 0..8),
+        ];
+        let values = prop::collection::vec((0usize..4, 0usize..5), 0..9);
+        prop_oneof![
+            prop::collection::vec(part, 0..16).prop_map(|parts| parts.concat()),
+            (0usize..3, 0usize..30, values)
+                .prop_map(|(path, id, values)| form(path, id, &values).into_bytes()),
+        ]
+    }
+
+    /// A model for which the parts are ordinary; its bytes cost so many bits.
+    fn model_of_parts(normalised: ClassSet, mean: u32) -> UnitModel {
+        let (mut counts, mut words) = (Counts::new(1 << 18), WordSet::new(1 << 12));
+        for i in 0..900 {
+            let unit: String = if i % 3 == 0 {
+                (0..8).map(|k| PARTS[(i * 7 + k * (i % 5 + 1)) % PARTS.len()]).collect()
+            } else {
+                // What is sent depends on where to.
+                form(i, i % 30, &[(0, i % 2), (1, i + 1), (2, 2), (3, i * i), (2, 3)])
+            };
+            let unit = crate::baseline::normalise(unit.as_bytes(), normalised);
+            counts.train(&unit);
+            words.train(&unit);
+        }
+        let (coder, vocabulary) = (counts.freeze(1 << 20), words.freeze(1 << 16));
+        let all = Moments { mean: mean << 16, variance: 4 << 16 };
+        let expected = Expected::new(all, all, std::vec![all; coder.fields()]);
+        UnitModel { normalised, coder, vocabulary, expected }
+    }
+
+    static MODELS: std::sync::OnceLock<[UnitModel; 2]> = std::sync::OnceLock::new();
+
+    proptest! {
+        #[test]
+        fn what_was_scored_before_changes_no_score(
+            texts in prop::collection::vec((repetitive(), prop::collection::vec(0usize..400, 0..3)), 1..8),
+            order in prop::collection::vec((0usize..8, any::<bool>()), 1..40),
+        ) {
+            let models = MODELS.get_or_init(|| [model_of_parts(DEFAULT_NORMALISED, 2), model_of_parts(ClassSet::NONE, 9)]);
+            let mut scratch = Scratch::default();
+            for (i, other) in order {
+                let (text, cuts) = &texts[i % texts.len()];
+                let model = &models[usize::from(other)];
+                let scores = score_in(model, text, cuts, 1000, &mut scratch);
+                prop_assert_eq!(scores, score(model, text, &[], 1000));
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_parameters_behind_others_and_under_other_models() {
+        let known = model_of_parts(ClassSet::NONE, 9);
+        let wordless = WordSet::new(1 << 12).freeze(1 << 10);
+        let moments = Moments { mean: 8 << 16, variance: 1 << 16 };
+        let expected = Expected::new(moments, moments, std::vec![moments; known.coder.fields()]);
+        let models = [
+            UnitModel { vocabulary: wordless, ..known.clone() },
+            UnitModel { expected, ..known.clone() },
+            known,
+        ];
+        let mut scratch = Scratch::default();
+        for round in 0..4 {
+            for (path, key, before) in (0..60).map(|i| (i % 3, i / 3 % 4, i / 12)) {
+                let text = form(path, 1, &[(3, before), (key, 0), (1, 1), (0, 4)]);
+                for model in &models {
+                    let scores = score_in(model, text.as_bytes(), &[], 0, &mut scratch);
+                    assert_eq!(scores, score(model, text.as_bytes(), &[], 0), "round {round}: {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn text_that_comes_again_is_looked_up() {
+        let model = model_of_parts(DEFAULT_NORMALISED, 2);
+        let mut scratch = Scratch::default();
+        let mut len = 0;
+        for i in 0..20 {
+            let text = form(0, i, &[(0, 0), (1, 1), (2, 2), (3, 4)]);
+            len += text.len() as u64;
+            score_in(&model, text.as_bytes(), &[], 0, &mut scratch);
+        }
+        assert!(scratch.known_bytes() * 2 > len, "{} of {len}", scratch.known_bytes());
     }
 
     #[test]

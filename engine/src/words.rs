@@ -21,6 +21,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::bitmap::{Block64, below, digits, equal, letters};
+use crate::coder::{identity, scatter};
 
 /// Bits of the filter for each word or pair.
 const BITS_PER_KEY: usize = 12;
@@ -101,14 +102,14 @@ impl WordSet {
     /// The frozen vocabulary, of at most `max_bytes`.
     pub fn freeze(&self, max_bytes: usize) -> Vocabulary {
         let blocks = (self.occupied * BITS_PER_KEY).div_ceil(64).min(max_bytes / 8).max(1);
-        let mut vocabulary = Vocabulary { blocks: vec![0; blocks] };
+        let mut vocabulary = Vocabulary { blocks: vec![0; blocks], identity: 0 };
         for &hash in self.slots.iter().filter(|hash| **hash != 0) {
             let (at, bits) = vocabulary.place(hash);
             if let Some(block) = vocabulary.blocks.get_mut(at) {
                 *block |= bits;
             }
         }
-        vocabulary
+        Vocabulary::of(vocabulary.blocks)
     }
 }
 
@@ -116,9 +117,20 @@ impl WordSet {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vocabulary {
     blocks: Vec<u64>,
+    /// A hash of them.
+    identity: u64,
 }
 
 impl Vocabulary {
+    fn of(blocks: Vec<u64>) -> Self {
+        Self { identity: identity(blocks.iter().copied()), blocks }
+    }
+
+    /// A hash of all words. Not one that withstands whoever makes vocabularies alike.
+    pub(crate) fn identity(&self) -> u64 {
+        self.identity
+    }
+
     /// Memory of the filter, in bytes.
     pub fn bytes(&self) -> usize {
         self.blocks.len() * 8
@@ -146,7 +158,7 @@ impl Vocabulary {
     /// From the blocks' bytes; an odd rest is left out.
     pub(crate) fn decode(blocks: &[u8]) -> Self {
         let (blocks, _) = blocks.as_chunks::<8>();
-        Self { blocks: blocks.iter().map(|&block| u64::from_le_bytes(block)).collect() }
+        Self::of(blocks.iter().map(|&block| u64::from_le_bytes(block)).collect())
     }
 }
 
@@ -178,6 +190,52 @@ impl WordTracker {
     /// What was counted.
     pub fn tally(&self) -> WordTally {
         self.counted.tally
+    }
+
+    /// No word or escape is under way.
+    #[inline(always)]
+    pub(crate) fn is_between_words(&self) -> bool {
+        !self.words.is_open()
+    }
+
+    /// As [`Self::push`] of text that came to `passage`, between words before and behind it.
+    #[inline(always)]
+    pub(crate) fn pass(&mut self, vocabulary: &Vocabulary, passage: &Passage) {
+        let Counted { tally, previous, previous_known } = &mut self.counted;
+        tally.words = tally.words.saturating_add(passage.tally.words);
+        tally.new_words = tally.new_words.saturating_add(passage.tally.new_words);
+        tally.new_pairs = tally.new_pairs.saturating_add(passage.tally.new_pairs);
+        if let Some((first, known)) = passage.first {
+            let new = known & *previous_known && !vocabulary.holds(pair(*previous, first));
+            tally.new_pairs = tally.new_pairs.saturating_add(new.into());
+            (*previous, *previous_known) = passage.last;
+        }
+    }
+}
+
+/// What the words of a text came to that begins and ends between words.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Passage {
+    /// But for the pair of the word before and the first.
+    tally: WordTally,
+    /// The first word that makes pairs, and whether it is familiar.
+    first: Option<(u64, bool)>,
+    /// The last of them.
+    last: (u64, bool),
+}
+
+impl Passage {
+    /// Of a whole text; nothing if it ends inside a word, unless nothing follows.
+    pub(crate) fn of(vocabulary: &Vocabulary, text: &[u8], at_end: bool) -> Option<Self> {
+        let (mut words, mut counted, mut first) = (Words::default(), Counted::default(), None);
+        words.push(text, at_end, &mut |word| {
+            counted.count(vocabulary, word);
+            if first.is_none() && !matches!(word, Word::Any(_)) {
+                first = Some((counted.previous, counted.previous_known));
+            }
+        });
+        let last = (counted.previous, counted.previous_known);
+        (!words.is_open()).then_some(Self { tally: counted.tally, first, last })
     }
 }
 
@@ -212,14 +270,6 @@ impl Counted {
 #[inline(always)]
 fn pair(first: u64, second: u64) -> u64 {
     scatter(first.rotate_left(17) ^ second)
-}
-
-/// Spreads a number over all bits of another (Fibonacci hashing; Knuth, volume 3, section 6.4). Only the
-/// upper half depends on every bit, so it is folded into the lower.
-#[inline(always)]
-fn scatter(x: u64) -> u64 {
-    let x = x.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    x ^ x >> 32
 }
 
 /// A word's hash.

@@ -112,7 +112,7 @@ fn judged(snapshot: &Snapshot, text: &[u8]) {
     for baseline in snapshot.streams().iter().take(4) {
         let mut message = detector.begin(baseline.stream());
         for name in KINDS {
-            message.text(UnitId { name, index: 0 }, text, 0, usize::MAX, detector.block());
+            message.text(UnitId { name, index: 0 }, text, 0, usize::MAX, detector.scratch());
         }
         let verdict = detector.finish(message, None);
         let calibrated = !baseline.calibration().statistics().is_empty();

@@ -84,7 +84,7 @@ fn messages(count: u64) {
         for i in 0..count {
             let text = text(&mut state);
             let mut message = detector.begin(if i % 1000 == 0 { "rare" } else { "s" });
-            message.text(UnitId { name: "user", index: 0 }, text.as_bytes(), 0, 1 << 14, detector.block());
+            message.text(UnitId { name: "user", index: 0 }, text.as_bytes(), 0, 1 << 14, detector.scratch());
             let verdict = detector.finish(message, None);
             if let Some([rank, of]) = verdict.p_fraction {
                 fdr.test(driftlock_engine::calibrate::PValue { rank, of });

@@ -55,6 +55,19 @@ pub(crate) fn mix(x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// Spreads a number over all bits of another (Fibonacci hashing; Knuth, volume 3, section 6.4). Only the
+/// upper half depends on every bit, so it is folded into the lower.
+#[inline(always)]
+pub(crate) fn scatter(x: u64) -> u64 {
+    let x = x.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x ^ x >> 32
+}
+
+/// One number for many.
+pub(crate) fn identity(numbers: impl Iterator<Item = u64>) -> u64 {
+    numbers.fold(0, |sum: u64, number| scatter(sum.rotate_left(5) ^ number))
+}
+
 /// log2(x) in 1/4096, by repeated squaring; integers only, so every target agrees. `x` >= 1.
 pub(crate) fn log2_fixed(x: u64) -> u32 {
     let x = x.max(1);

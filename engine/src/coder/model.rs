@@ -9,9 +9,10 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::cell::Cell;
 
 use super::context::{FIELD_ORDER, PLAIN_ORDER};
-use super::{ModelError, cost_of, weighted};
+use super::{ModelError, cost_of, identity, scatter, weighted};
 use crate::field::{FieldTracker, START};
 
 /// Bytes that are costed at once.
@@ -92,6 +93,8 @@ pub struct ContextModel {
     field_index: Vec<u16>,
     /// The field of a unit's first bytes.
     start: Option<FieldNumber>,
+    /// A hash of the tables.
+    identity: u64,
 }
 
 /// A field with contexts of its own, by its place among them.
@@ -140,6 +143,8 @@ pub struct Block {
     segment_fields: [u16; BLOCK_BYTES],
     segments: usize,
     last_complete: bool,
+    /// What its bytes cost depends on those before it, beyond the state.
+    looked_back: bool,
     /// Sum of 2^(c/4) over the costs c in bits, in 1/256.
     peak_sum: u64,
 }
@@ -175,6 +180,7 @@ impl Default for Block {
             segment_fields: [0; BLOCK_BYTES],
             segments: 0,
             last_complete: false,
+            looked_back: false,
             peak_sum: 0,
         }
     }
@@ -184,6 +190,11 @@ impl Block {
     /// Cost of each byte, 1/256 bit.
     pub fn costs(&self) -> &[u16] {
         self.costs.get(..self.len).unwrap_or_default()
+    }
+
+    /// Whether what its bytes cost depends on the bytes before it by more than the state there.
+    pub(crate) fn looked_back(&self) -> bool {
+        self.looked_back
     }
 
     /// Sum of 2^(c/4) over the bytes' costs c in bits, in 1/256.
@@ -215,6 +226,35 @@ impl Block {
 }
 
 impl State {
+    /// Whether the other differs in nothing but the path and the last bytes' values.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        (self.at, self.field, self.seen) == (other.at, other.field, other.seen)
+            && self.tracker.is_like(&other.tracker)
+    }
+
+    /// A hash of what [`Self::is_like`] compares.
+    pub(crate) fn hash(&self, seed: u64) -> u64 {
+        let field = self.field.map_or(NO_FIELD, |field| field.0);
+        let place = u64::from(self.at) << 32 | u64::from(field) << 8 | self.seen as u64;
+        scatter(self.tracker.hash(scatter(seed ^ place)))
+    }
+
+    /// Where in the fields the next byte stands.
+    pub(crate) fn tracker(&mut self) -> &mut FieldTracker {
+        &mut self.tracker
+    }
+
+    /// The state that is like `known`, behind `text`, of which there are at least four bytes; of this one
+    /// the path is kept.
+    pub(crate) fn go_on_as(&mut self, known: &Self, text: &[u8]) {
+        let path = self.tracker.path();
+        self.clone_from(known);
+        self.tracker.set_path(path);
+        if let Some(last) = text.last_chunk() {
+            self.history = *last;
+        }
+    }
+
     /// The field that the next byte stands in, if the model has contexts of its own for it.
     pub fn field(&self) -> Option<FieldNumber> {
         self.field
@@ -238,14 +278,21 @@ impl ContextModel {
             |(packed, &code): (u32, &u8)| u64::from(packed) << NEXT_SHIFT | weighted(cost_of(code.into()));
         let slots = packed.zip(&codes).map(unpack).collect();
         let field_index = index_of(&fields);
-        let mut model = Self { trained_bytes, slots, codes, fields, field_index, start: None };
+        let mut model = Self { trained_bytes, slots, codes, fields, field_index, start: None, identity: 0 };
         model.start = model.field(START);
+        let of_fields = model.fields.iter().flat_map(|roots| [roots.field, roots.anchored, roots.inside]);
+        model.identity = identity(model.slots.iter().copied().chain(of_fields.map(u64::from)));
         model
     }
 
     /// Bytes of the tables in a snapshot; in memory about 1.8 times as much.
     pub fn table_bytes(&self) -> usize {
         self.slots.len() * SLOT_BYTES + self.fields.len() * FIELD_BYTES + self.field_index.len() * 2
+    }
+
+    /// A hash of all that decides what bytes cost. Not one that withstands whoever makes models alike.
+    pub(crate) fn identity(&self) -> u64 {
+        self.identity
     }
 
     /// Bytes that were trained on.
@@ -296,7 +343,9 @@ impl ContextModel {
         let len = text.len();
         // Four lanes, of which the last has the rest; or that one alone.
         let quarter = if len >= LANES_FROM { len / LANES } else { 0 };
-        let run = Run { model: self, text, history: state.history, seen: state.seen, quarter };
+        let looked_back = Cell::new(false);
+        let (history, seen) = (state.history, state.seen);
+        let run = Run { model: self, text, history, seen, quarter, looked_back: &looked_back };
 
         let run_before = state.tracker.run();
         block.lanes.load(text, quarter);
@@ -319,6 +368,7 @@ impl ContextModel {
             at
         };
         block.len = len;
+        block.looked_back = looked_back.get();
         block.peak_sum = block.lanes.unload(quarter, &mut block.costs, len);
         state.at = if behind == ON { at } else { behind };
         state.history = run.history_at(len);
@@ -364,8 +414,13 @@ impl ContextModel {
         (slot >> (NEXT_SHIFT + LABEL_SHIFT) == u64::from(label)).then_some(Entry(slot))
     }
 
+    /// The state of plain text before the next byte.
+    pub(crate) fn plain_before(&self, state: &State) -> u32 {
+        self.plain_state(state.history.get(PLAIN_ORDER as usize - state.seen..).unwrap_or_default())
+    }
+
     /// The state behind `bytes` of plain text.
-    fn plain_state(&self, bytes: &[u8]) -> u32 {
+    pub(crate) fn plain_state(&self, bytes: &[u8]) -> u32 {
         let mut at = 0;
         for &byte in bytes {
             at = self.walk(at, byte).1;
@@ -555,6 +610,8 @@ struct Run<'a> {
     seen: usize,
     /// Bytes of a lane but the last.
     quarter: usize,
+    /// Set when a cost depends on `history`.
+    looked_back: &'a Cell<bool>,
 }
 
 impl Run<'_> {
@@ -578,6 +635,9 @@ impl Run<'_> {
     #[cold]
     #[inline(never)]
     fn plain_at(&self, i: usize) -> u32 {
+        if i < PLAIN_ORDER as usize {
+            self.looked_back.set(true);
+        }
         let seen = (self.seen + i).min(PLAIN_ORDER as usize);
         let history = self.history_at(i);
         self.model.plain_state(history.get(PLAIN_ORDER as usize - seen..).unwrap_or_default())

@@ -51,6 +51,16 @@ impl Normaliser {
         self.scanner.push(text, body_offset, &mut |found| mark(found, emit));
     }
 
+    /// Nothing is undecided, and what comes next does not depend on what came before.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.scanner.is_idle()
+    }
+
+    /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle.
+    pub(crate) fn pass(&mut self, text: &[u8], body_offset: u64) {
+        self.scanner.pass(text, body_offset);
+    }
+
     /// Takes the text's last bytes and ends it.
     pub fn finish_with(self, text: &[u8], body_offset: u64, emit: &mut impl FnMut(Piece<'_>)) {
         self.scanner.finish_with(text, body_offset, &mut |found| mark(found, emit));

@@ -123,6 +123,25 @@ impl Scanner {
         }
     }
 
+    /// Nothing is undecided, and what comes next does not depend on what came before.
+    pub(super) fn is_idle(&self) -> bool {
+        // Of the narrow classes, these are the bytes before a token that matter.
+        let alone = !matches!(self.left.last, b'-' | b'_' | b'.');
+        alone
+            && self.kept.is_empty()
+            && self.open.is_none()
+            && !self.in_word
+            && NARROW.contains_all(self.classes)
+    }
+
+    /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle.
+    pub(super) fn pass(&mut self, text: &[u8], body_offset: u64) {
+        self.note_origin(body_offset);
+        self.received += text.len() as u64;
+        self.offset = self.received;
+        self.left = left_of(self.left, text, text.len());
+    }
+
     /// Takes the text's last bytes and ends it: as [`Self::push`] and [`Self::finish`], but what comes in
     /// one piece is looked at once.
     pub fn finish_with(mut self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {

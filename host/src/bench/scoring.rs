@@ -15,8 +15,7 @@
 use std::time::Duration;
 
 use driftlock_engine::baseline::{StreamBaseline, StreamTrainer, TrainingOptions};
-use driftlock_engine::coder::Block;
-use driftlock_engine::score::UnitScorer;
+use driftlock_engine::score::{Scratch, UnitScorer};
 use driftlock_engine::significance::{DEFAULT_PERMUTATIONS, PermutationOutcome, Seed, permutation_test};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
@@ -83,13 +82,13 @@ pub(super) fn measure(split: &Split, budget: Duration) -> Result<Scoring, BenchE
     let baseline = train(split);
     let unit = baseline.unit(UNIT).ok_or_else(|| wrong("training saw no message"))?;
     let mut expected = 0i64;
-    let mut block = Block::default();
+    let mut scratch = Scratch::default();
     for sample in &split.test {
         let mut scorer = UnitScorer::new(&unit.model);
         for (offset, byte) in (0..).zip(sample.text()) {
-            scorer.push(&unit.model, &[*byte], offset, &mut block);
+            scorer.push(&unit.model, &[*byte], offset, &mut scratch);
         }
-        let scores = scorer.finish(&unit.model, &mut block);
+        let scores = scorer.finish(&unit.model, &mut scratch);
         if scores != unit.score(sample.text()) {
             return Err(wrong("a message's scores depend on how it is cut"));
         }
@@ -110,7 +109,9 @@ pub(super) fn measure(split: &Split, budget: Duration) -> Result<Scoring, BenchE
     let longest = split.test.iter().map(|sample| sample.text().len()).max().unwrap_or(0);
     let mut buffer = vec![0; zstd::zstd_safe::compress_bound(longest)];
     let score = || {
-        let statistics = split.test.iter().map(|sample| baseline.statistic_in(&sample.message, &mut block));
+        // New every time: no message may be known from the round before.
+        let mut scratch = Scratch::default();
+        let statistics = split.test.iter().map(|sample| baseline.statistic_in(&sample.message, &mut scratch));
         match statistics.fold(0i64, i64::wrapping_add) == expected {
             true => Ok(()),
             false => Err(wrong("the sum of the statistics is another than byte by byte")),

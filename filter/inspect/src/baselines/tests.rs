@@ -108,7 +108,7 @@ impl Vm {
 
     fn send(&mut self, text: &str) -> &'static str {
         let mut message = self.detector.begin(STREAM);
-        message.text(UnitId { name: "user", index: 0 }, text.as_bytes(), 0, 1 << 14, self.detector.block());
+        message.text(UnitId { name: "user", index: 0 }, text.as_bytes(), 0, 1 << 14, self.detector.scratch());
         let outcome = self.detector.finish(message, None).outcome.as_str();
         let learned = self.detector.take_learned();
         if !learned.is_empty() {

@@ -5,9 +5,9 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::ControlFlow;
 
-use driftlock_engine::coder::Block;
 use driftlock_engine::detector::{Message, UnitId};
 use driftlock_engine::evidence::{Outcome, Verdict};
+use driftlock_engine::score::Scratch;
 
 use super::Plugin;
 use crate::action::{Plan, SampleHash};
@@ -153,7 +153,7 @@ pub(super) struct Feed<'a> {
     pub(super) message: &'a mut Message,
     max_unit_bytes: usize,
     /// What the engine works in.
-    block: &'a mut Block,
+    scratch: &'a mut Scratch,
     /// The model has said something.
     pub(super) spoken: bool,
     /// A unit is complete.
@@ -161,13 +161,13 @@ pub(super) struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    pub(super) fn new(message: &'a mut Message, max_unit_bytes: usize, block: &'a mut Block) -> Self {
-        Self { message, max_unit_bytes, block, spoken: false, ended: false }
+    pub(super) fn new(message: &'a mut Message, max_unit_bytes: usize, scratch: &'a mut Scratch) -> Self {
+        Self { message, max_unit_bytes, scratch, spoken: false, ended: false }
     }
 
     /// A unit that is here from its beginning to its end.
     pub(super) fn whole(&mut self, unit: Unit, text: &[u8]) {
-        self.message.whole(unit_id(unit), text, 0, self.max_unit_bytes, self.block);
+        self.message.whole(unit_id(unit), text, 0, self.max_unit_bytes, self.scratch);
     }
 }
 
@@ -178,11 +178,11 @@ fn unit_id(unit: Unit) -> UnitId {
 impl Sink for Feed<'_> {
     fn text(&mut self, unit: Unit, text: &[u8], body_offset: u64) {
         self.spoken |= matches!(unit.role, Role::Assistant | Role::Reasoning | Role::ToolCall);
-        self.message.text(unit_id(unit), text, body_offset, self.max_unit_bytes, self.block);
+        self.message.text(unit_id(unit), text, body_offset, self.max_unit_bytes, self.scratch);
     }
 
     fn end(&mut self, unit: Unit) {
-        self.message.end_unit(unit_id(unit), self.block);
+        self.message.end_unit(unit_id(unit), self.scratch);
         self.ended = true;
     }
 
@@ -262,7 +262,7 @@ impl Inspection {
     /// Reads the request headers that the configuration selects. One that is not there is no unit.
     pub(super) fn read_headers(&mut self, plugin: &mut Plugin, host: &impl Host) {
         let Some(message) = &mut self.message else { return };
-        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
+        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
         for (name, index) in plugin.request_headers.iter().zip(0u16..) {
             match host.header(Direction::Request, name) {
                 Ok(None) => {}
@@ -333,7 +333,7 @@ impl Inspection {
         if parser.is_none() && rewriter.is_none() {
             return (Ok(()), false);
         }
-        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
+        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
         let result = decode(decoder, &mut |piece| {
             let inspected = first(piece, plugin.max_body_bytes.saturating_sub(*body_bytes));
             *body_bytes = body_bytes.saturating_add(piece.len() as u64);
@@ -386,7 +386,7 @@ impl Inspection {
 
     fn end_parser(&mut self, plugin: &mut Plugin, cut_short: bool) -> Option<Summary> {
         let (mut parser, message) = (self.parser.take()?, self.message.as_mut()?);
-        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
+        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
         let result = parser.finish(&mut feed);
         let summary = parser.summary();
         self.style = Some(parser.style()).filter(|style| style.has_schema());

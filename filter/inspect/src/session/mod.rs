@@ -286,7 +286,7 @@ impl Exchange {
         if head.is_ok() {
             let target = Unit { role: Role::Target, index: 0 };
             if let Some(message) = &mut inspection.message {
-                let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.block());
+                let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
                 // Its offsets are those in the request line.
                 feed.whole(target, &[method, &b" "[..], path].concat());
             }

@@ -1,0 +1,350 @@
+//! What was scored before, word for word, is looked up instead of scored again.
+//!
+//! What: text is cut into stretches of up to 64 bytes that end with a line, a parameter, a JSON member or a
+//! gap between words. What a stretch came to is kept beside what stood before it: the coder's state and
+//! where the fields are. Where both come again, the sums go on and no byte is looked at but to compare it.
+//!
+//! Why: header lines, parameters, envelopes, system prompts and tool descriptions are most of a gateway's
+//! bytes, and the same in every message. Their scores are those of the frozen model either way; whether
+//! they are looked up changes the time and nothing else (tested against scoring without).
+//!
+//! What is kept: only text that came at least twice, that holds no token, no byte above the reference
+//! (whose place evidence would have to know) and no cost that depends on more than its own bytes and the
+//! state before it. A newer stretch replaces an older one in its place; when the states are full, all of
+//! it starts anew.
+//!
+//! Cost: some 350 instructions a stretch that is known, 200 for one that never came, and a detour for what
+//! stands between known ones, as blocks of a few bytes are dear. So a model's texts are left alone for a
+//! megabyte once the detours cost more than the look-ups saved. At most 600 KiB for whoever scores,
+//! allocated as text comes again.
+//!
+//! Left out on purpose: keeping it in a snapshot. A snapshot holds no text; this holds traffic, in memory
+//! alone and for as long as the process runs. Who measures how long a message takes can tell text that was
+//! scored before from text that was not, as with every cache.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::bitmap::{Block64, below, equal};
+use crate::coder::{FieldNumber, State, scatter};
+use crate::words::Passage;
+
+/// Longest stretch, bytes.
+pub(super) const STRETCH_BYTES: usize = 64;
+/// Shortest stretches, bytes: what is shorter goes on with the next. Text parts between words.
+const SHORTEST_LINE: usize = 12;
+const SHORTEST_MEMBER: usize = 16;
+const SHORTEST_TEXT: usize = 32;
+
+/// What leaving the plain way for a stretch costs, in bytes of text that could have been scored.
+const DETOUR: i32 = 48;
+/// So much more was lost than won before a model's texts are left alone, for so many bytes.
+const MOST_LOSS: i32 = 1 << 12;
+const LEFT_ALONE: u32 = 1 << 20;
+/// How many models' gains are told apart.
+const ACCOUNTS: usize = 16;
+
+/// Places for stretches, states, and marks of what came once. Powers of two.
+const STRETCHES: usize = 1 << 11;
+const STATES: usize = 1 << 9;
+/// Places that a stretch may have.
+const WAYS: usize = 4;
+const MARKS: usize = 1 << 12;
+
+/// Where a known state stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct StateId(u16);
+
+/// What a stretch came to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sums {
+    /// Code length and bytes, 1/256 bit.
+    pub(super) cost: u32,
+    /// Sum of 2^(c/4), in 1/256.
+    pub(super) peak_sum: u32,
+    /// The fields that end in it, if any does.
+    pub(super) ended: Option<Ended>,
+    /// Cost and bytes of the field under way behind it, of those since the stretch began.
+    pub(super) field_cost: u32,
+    pub(super) field_bytes: u32,
+    /// Its words.
+    pub(super) words: Passage,
+}
+
+/// Fields that end in a stretch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    /// Cost and bytes that it adds to the first of them, which may have begun before.
+    pub(super) cost: u32,
+    pub(super) bytes: u32,
+    pub(super) field: Option<FieldNumber>,
+    /// What the others add to the unit's sum.
+    pub(super) others: u64,
+}
+
+/// What a stretch came to depends on beyond the state, and most do not.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Also {
+    /// The plain state before it.
+    pub(super) plain: Option<u32>,
+    /// The path before it; and the path behind it.
+    pub(super) path: Option<(u32, u32)>,
+}
+
+/// A stretch that was scored.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    pub(super) before: StateId,
+    pub(super) after: StateId,
+    /// What else it depends on.
+    pub(super) also: Also,
+    pub(super) stretch: Stretch,
+    pub(super) sums: Sums,
+}
+
+/// What looking for known stretches brought for a model, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Gain {
+    won: i32,
+    left_alone: u32,
+}
+
+/// Stretches that were scored, and the states between them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Memo {
+    /// Upper hash bits of what came once.
+    marks: Vec<u16>,
+    stretches: Vec<Option<Box<Known>>>,
+    states: Vec<(u64, State)>,
+    /// Open addressing: a state's number + 1; 0 is free.
+    index: Vec<u16>,
+    gains: [Gain; ACCOUNTS],
+    /// How often the states were full: a state's number holds until then.
+    pub(super) epoch: u64,
+}
+
+/// Where a text can be cut into stretches, in 64 bytes of it.
+#[derive(Debug)]
+pub(super) struct Cuts {
+    base: usize,
+    /// Last bytes of lines and parameters, of members of an object and what leads to their values, and of
+    /// words.
+    lines: u64,
+    members: u64,
+    gaps: u64,
+}
+
+impl Cuts {
+    #[inline(always)]
+    pub(super) fn new(text: &[u8], base: usize) -> Self {
+        let block = Block64::new(text.get(base..).unwrap_or_default());
+        let quotes = block.bits(|bytes| equal(bytes, b'"'));
+        // An empty line belongs to the line before.
+        let returns = block.bits(|bytes| equal(bytes, b'\r'));
+        let lines = block.bits(|bytes| equal(bytes, b'\n') | equal(bytes, b'&')) & !(returns >> 1);
+        let gaps = quotes | block.bits(|bytes| equal(bytes, b' ') | equal(bytes, b','));
+        let mut members = 0;
+        if quotes != 0 {
+            let commas = block.bits(|bytes| equal(bytes, b','));
+            let colons = block.bits(|bytes| equal(bytes, b':'));
+            members = commas & (quotes >> 1 | quotes >> 2) | quotes & (colons << 1 | colons << 2);
+        }
+        Self { base, lines, members, gaps }
+    }
+
+    /// Length of the stretch from `at` on; nothing if its end is not in the text. `at` never falls.
+    #[inline(always)]
+    pub(super) fn stretch(&mut self, text: &[u8], at: usize) -> Option<usize> {
+        loop {
+            let into = at - self.base;
+            let ends = self.lines & !below(into + SHORTEST_LINE - 1)
+                | self.members & !below(into + SHORTEST_MEMBER - 1)
+                | self.gaps & !below(into + SHORTEST_TEXT - 1);
+            if ends != 0 {
+                return Some(ends.trailing_zeros() as usize + 1 - into);
+            }
+            if into == 0 {
+                return (text.len() - at >= STRETCH_BYTES).then_some(STRETCH_BYTES);
+            }
+            *self = Self::new(text, at);
+        }
+    }
+}
+
+/// Whether the last bytes of a text are a stretch.
+pub(super) fn is_stretch(rest: &[u8]) -> bool {
+    (SHORTEST_LINE..=STRETCH_BYTES).contains(&rest.len())
+}
+
+/// A stretch of text.
+#[derive(Clone, Debug)]
+pub(super) struct Stretch {
+    /// Its bytes, and zeros: compared and hashed without a branch on the length.
+    text: [u8; STRETCH_BYTES],
+    len: u8,
+    /// Nothing follows it.
+    last: bool,
+    hash: u64,
+}
+
+impl Stretch {
+    /// The first `len` bytes of `text`, at least one and at most 64.
+    #[inline(always)]
+    pub(super) fn new(text: &[u8], len: usize, last: bool) -> Self {
+        let text = Block64::new(text).front(len);
+        let mut hash = (len as u64) << 1 | u64::from(last);
+        for (eight, i) in text.as_chunks::<8>().0.iter().zip(1..) {
+            let spread = u64::from_le_bytes(*eight).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            hash = hash.wrapping_add(spread.rotate_left(7 * i));
+        }
+        Self { text, len: len as u8, last, hash: scatter(hash ^ hash >> 32) }
+    }
+
+    /// Its bytes.
+    #[inline(always)]
+    pub(super) fn text(&self) -> &[u8] {
+        self.text.get(..self.len.into()).unwrap_or_default()
+    }
+
+    /// Nothing follows it.
+    pub(super) fn is_last(&self) -> bool {
+        self.last
+    }
+
+    #[inline(always)]
+    fn mark(&self) -> u16 {
+        // Never 0, and never another's complement.
+        (self.hash >> 49) as u16 | 1
+    }
+
+    #[inline(always)]
+    fn place(&self, before: StateId) -> usize {
+        (scatter(self.hash ^ u64::from(before.0)) >> 40) as usize & (STRETCHES - 1)
+    }
+}
+
+impl PartialEq for Stretch {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        // All of it at once: where two differ nobody asks.
+        let differ = self.text.iter().zip(&other.text).fold(0, |differ, (a, b)| differ | a ^ b);
+        differ == 0 && self.len == other.len && self.last == other.last
+    }
+}
+
+impl Memo {
+    /// Whether texts of this model are worth a look, and if so, whether one was worth it so far; `bytes` come
+    /// now.
+    #[inline(always)]
+    pub(super) fn prospect(&mut self, model: u64, bytes: usize) -> Option<bool> {
+        let gain = self.gains.get_mut(model as usize & (ACCOUNTS - 1))?;
+        let look = gain.left_alone == 0;
+        gain.left_alone = gain.left_alone.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX));
+        look.then_some(gain.won >= 0)
+    }
+
+    /// A look at a text of this model found so many bytes known, with so many detours.
+    #[inline(always)]
+    pub(super) fn account(&mut self, model: u64, known: usize, detours: i32) {
+        let Some(gain) = self.gains.get_mut(model as usize & (ACCOUNTS - 1)) else { return };
+        let known = i32::try_from(known).unwrap_or(MOST_LOSS);
+        gain.won =
+            gain.won.saturating_add(known).saturating_sub(detours.saturating_mul(DETOUR)).min(MOST_LOSS);
+        if gain.won < -MOST_LOSS {
+            *gain = Gain { won: 0, left_alone: LEFT_ALONE };
+        }
+    }
+
+    /// Whether the stretch came before, and nothing speaks against keeping it; from now on it came.
+    #[inline(always)]
+    pub(super) fn came_before(&mut self, stretch: &Stretch) -> bool {
+        if self.marks.is_empty() {
+            self.marks = vec![0; MARKS];
+        }
+        let mark = stretch.mark();
+        match self.marks.get_mut(stretch.hash as usize & (MARKS - 1)) {
+            Some(known) if *known == mark => true,
+            Some(known) if *known == !mark => false,
+            Some(known) => {
+                *known = mark;
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// The stretch cannot be kept.
+    pub(super) fn give_up(&mut self, stretch: &Stretch) {
+        if let Some(mark) = self.marks.get_mut(stretch.hash as usize & (MARKS - 1)) {
+            *mark = !stretch.mark();
+        }
+    }
+
+    /// The number of a state of a model, but for its path and last bytes.
+    pub(super) fn state_id(&mut self, model: u64, state: &State) -> StateId {
+        if self.states.len() >= STATES {
+            self.states.clear();
+            self.index.clear();
+            self.stretches.clear();
+            self.epoch += 1;
+        }
+        if self.index.is_empty() {
+            self.index = vec![0; 2 * STATES];
+        }
+        let mask = self.index.len() - 1;
+        let mut at = state.hash(model) as usize & mask;
+        // At most half of the places are taken.
+        while let Some(slot) = self.index.get_mut(at) {
+            let Some(number) = slot.checked_sub(1) else {
+                *slot = self.states.len() as u16 + 1;
+                break;
+            };
+            if let Some((of, known)) = self.states.get(usize::from(number))
+                && *of == model
+                && known.is_like(state)
+            {
+                return StateId(number);
+            }
+            at = (at + 1) & mask;
+        }
+        self.states.push((model, state.clone()));
+        StateId(self.states.len() as u16 - 1)
+    }
+
+    /// The state with this number.
+    pub(super) fn state(&self, id: StateId) -> Option<&State> {
+        self.states.get(usize::from(id.0)).map(|(_, state)| state)
+    }
+
+    /// What this stretch came to in this state; `holds` tells whether what else that depends on is so.
+    #[inline(always)]
+    pub(super) fn find(
+        &self,
+        before: StateId,
+        stretch: &Stretch,
+        mut holds: impl FnMut(&Also) -> bool,
+    ) -> Option<&Known> {
+        let place = stretch.place(before);
+        (0..WAYS).find_map(|way| {
+            let known = self.stretches.get(place ^ way)?.as_deref()?;
+            (known.before == before && known.stretch == *stretch && holds(&known.also)).then_some(known)
+        })
+    }
+
+    /// Keeps what a stretch came to in this state; of those in its places the oldest is forgotten.
+    pub(super) fn keep(&mut self, known: Known) {
+        if self.stretches.is_empty() {
+            self.stretches = vec![None; STRETCHES];
+        }
+        let place = known.stretch.place(known.before);
+        let mut moved = Some(Box::new(known));
+        for way in 0..WAYS {
+            if let Some(slot) = self.stretches.get_mut(place ^ way)
+                && moved.is_some()
+            {
+                core::mem::swap(slot, &mut moved);
+            }
+        }
+    }
+}
