@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::BenchError;
-use super::load::{Load, start_upstream, wire_request};
-use super::proxies::{BODY_BYTES, GatewayProcess, PATH, TICK_US, Traffic, processor_ticks, traffic};
+use super::load::{Asked, Load, start_upstream};
+use super::proxies::{GatewayProcess, PATH, TICK_US, Traffic, processor_ticks, traffic};
 use super::rounds::median;
 use crate::envoy::{self, Envoy, EnvoyOptions};
 use crate::replay::find_filter;
@@ -82,6 +82,12 @@ pub struct Comparison {
     pub busy_bytes: u64,
     /// Requests per second at which latencies were taken.
     pub half_load: f64,
+    /// How many exchanges took turns.
+    pub exchanges: usize,
+    /// Their requests' mean size with the head, and their answers' without, in bytes.
+    pub request_bytes: usize,
+    /// See [`Self::request_bytes`].
+    pub response_bytes: usize,
 }
 
 impl Comparison {
@@ -124,7 +130,10 @@ pub fn run(args: &Args) -> Result<(), BenchError> {
     };
     let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
     anstream::println!(
-        "POST {PATH}, {BODY_BYTES} bytes of JSON both ways, one worker each, {} connections",
+        "POST {PATH}, {} exchanges of {} and {} bytes of JSON, one worker each, {} connections",
+        result.exchanges,
+        result.request_bytes,
+        result.response_bytes,
         args.connections
     );
     row("gateway", &result.gateway);
@@ -156,8 +165,8 @@ pub fn run(args: &Args) -> Result<(), BenchError> {
 /// [`BenchError`] when a part is missing or a proxy answers wrongly.
 pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     let wasm = find_filter(args.filter.as_deref());
-    let Traffic { plugin_configuration: configuration, request, response } = traffic()?;
-    let upstream = start_upstream(&response)?;
+    let Traffic { plugin_configuration: configuration, asked } = traffic()?;
+    let upstream = start_upstream(&asked)?;
     let folder = tempfile::tempdir()?;
     let envoy_options = EnvoyOptions {
         plugin_configuration: configuration.clone(),
@@ -165,9 +174,15 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     };
     let envoy = Envoy::start(&envoy_options)?;
     let gateway = GatewayProcess::start(folder.path(), &wasm, &configuration, upstream)?;
-    let mut result = Comparison { idle_bytes: gateway.resident_bytes()?, ..Comparison::default() };
-    let request = wire_request(PATH, &request);
-    let load = Load { request: &request, expected: &response, connections: args.connections.max(1) };
+    let mean = |bytes: fn(&Asked) -> usize| asked.iter().map(bytes).sum::<usize>() / asked.len().max(1);
+    let mut result = Comparison {
+        idle_bytes: gateway.resident_bytes()?,
+        exchanges: asked.len(),
+        request_bytes: mean(Asked::request_bytes),
+        response_bytes: mean(Asked::expected_bytes),
+        ..Comparison::default()
+    };
+    let load = Load { asked: &asked, connections: args.connections.max(1) };
     let proxies = [("gateway", gateway.address, gateway.pid()), ("Envoy", envoy.listen(), envoy.pid())];
     let (mut ticks, mut requests) = ([0; 2], [0; 2]);
     // A first round of each warms caches and is not counted.

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::load::{Load, start_upstream, wire_request};
+use super::load::{Asked, Load, asked, start_upstream};
 use super::rounds::median;
 use super::{BenchError, ProxyFigures};
 use crate::capture::Exchange;
@@ -23,8 +23,10 @@ use crate::envoy::{Envoy, EnvoyOptions};
 use crate::synth::{self, SynthOptions};
 use crate::train::{TrainError, train, with_baseline};
 
-/// Size of the messages, in bytes.
-pub(super) const BODY_BYTES: usize = 2048;
+/// How many exchanges take turns.
+const EXCHANGES: usize = 200;
+/// About the size of the messages, in bytes.
+const BODY_BYTES: usize = 2048;
 pub(super) const PATH: &str = "/v1/chat/completions";
 /// What Linux counts processor time in, everywhere.
 pub(super) const TICK_US: f64 = 10_000.0;
@@ -34,8 +36,7 @@ const CONNECTIONS: usize = 8;
 pub(super) struct Traffic {
     /// With a baseline in it.
     pub(super) plugin_configuration: Vec<u8>,
-    pub(super) request: Vec<u8>,
-    pub(super) response: Vec<u8>,
+    pub(super) asked: Vec<Asked>,
 }
 
 /// The generated messages nearest to the size, and a baseline of the others.
@@ -44,19 +45,22 @@ pub(super) fn traffic() -> Result<Traffic, BenchError> {
     let exchanges: Vec<Exchange> = traffic.into_iter().map(|labelled| labelled.exchange).collect();
     let far = |body: &[u8]| body.len().abs_diff(BODY_BYTES);
     let chats = || exchanges.iter().filter(|exchange| exchange.request.target.starts_with(PATH));
-    let request = chats().map(|it| &it.request.body).min_by_key(|body| far(body));
-    let response = chats()
-        .filter_map(|it| it.response.as_ref())
-        .map(|response| &response.body)
-        .filter(|body| body.starts_with(b"{"))
-        .min_by_key(|body| far(body));
-    let (Some(request), Some(response)) = (request.cloned(), response.cloned()) else {
-        return Err(io::Error::other("the generator made no chat").into());
+    let nearest = |mut bodies: Vec<Vec<u8>>| {
+        bodies.sort_by_key(|body| far(body));
+        bodies.truncate(EXCHANGES);
+        bodies
     };
+    let requests = nearest(chats().map(|it| it.request.body.clone()).collect());
+    let responses = chats().filter_map(|it| it.response.as_ref()).map(|response| response.body.clone());
+    let responses = nearest(responses.filter(|body| body.starts_with(b"{")).collect());
+    let asked = asked(PATH, requests.into_iter().zip(responses).collect());
+    if asked.is_empty() {
+        return Err(io::Error::other("the generator made no chat").into());
+    }
     let config = driftlock_inspect::config::Config::parse(b"").map_err(TrainError::from)?;
     let snapshot = train(exchanges, config, 1)?.snapshot.encode();
     let configuration = serde_json::json!({"report": {"log": "never"}});
-    Ok(Traffic { plugin_configuration: with_baseline(&configuration, Some(&snapshot)), request, response })
+    Ok(Traffic { plugin_configuration: with_baseline(&configuration, Some(&snapshot)), asked })
 }
 
 /// What came of all rounds: medians of their ratios, and each proxy's own figures.
@@ -104,8 +108,8 @@ pub(super) fn measure(
     rounds: usize,
     round: Duration,
 ) -> Result<Measured, BenchError> {
-    let Traffic { plugin_configuration, request, response } = traffic()?;
-    let upstream = start_upstream(&response)?;
+    let Traffic { plugin_configuration, asked } = traffic()?;
+    let upstream = start_upstream(&asked)?;
     let folder = tempfile::tempdir()?;
     let noop = folder.path().join("noop.wasm");
     let module =
@@ -126,8 +130,7 @@ pub(super) fn measure(
         Target::new(ENVOY, envoy.listen(), envoy.pid()),
         Target::new(GATEWAY, gateway.address, gateway.pid()),
     ];
-    let request = wire_request(PATH, &request);
-    let load = Load { request: &request, expected: &response, connections: CONNECTIONS };
+    let load = Load { asked: &asked, connections: CONNECTIONS };
     for target in &targets {
         // It warms caches and is not counted.
         load.closed_loop(target.name, target.address, round / 3)?;
