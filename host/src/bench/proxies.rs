@@ -24,7 +24,7 @@ use crate::synth::{self, SynthOptions};
 use crate::train::{TrainError, train, with_baseline};
 
 /// How many exchanges take turns.
-const EXCHANGES: usize = 200;
+const EXCHANGES: usize = 100;
 /// About the size of the messages, in bytes.
 const BODY_BYTES: usize = 2048;
 pub(super) const PATH: &str = "/v1/chat/completions";
