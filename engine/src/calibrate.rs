@@ -30,7 +30,7 @@
 
 use alloc::vec::Vec;
 
-use crate::coder::log2_fixed;
+use crate::coder::{log2_fixed, log2_fixed_each};
 use crate::score::UnitScores;
 
 mod length;
@@ -236,11 +236,19 @@ impl Tail {
         i64::from(self.all.saturating_sub(8 << 12)) << (UNIT_SCORE.trailing_zeros() - 12)
     }
 
-    /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
-    fn surprise(&self, value: i64) -> i64 {
+    /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit, once the
+    /// logarithm is known.
+    fn surprise(&self, share: Share, log2_of_at_least: u32) -> i64 {
+        match share {
+            Share::Beyond(surprise) => surprise,
+            Share::Within { .. } => i64::from(self.all.saturating_sub(log2_of_at_least) << FINE),
+        }
+    }
+
+    /// The share of normal units with at least this much.
+    fn share(&self, value: i64) -> Share {
         /// log2(e) in 1/4096.
         const LOG2_E: i64 = 5909;
-        const FINE: u32 = UNIT_SCORE.trailing_zeros() - 12;
         let units = u64::from(self.units);
         if value > self.threshold {
             let (beyond, scale) = (value.checked_sub(self.threshold), self.scale.max(1));
@@ -251,7 +259,7 @@ impl Tail {
                     beyond * i128::from(LOG2_E << FINE) / i128::from(scale)
                 }
             };
-            return (i128::from(self.base << FINE) + excess).min(MAX_SURPRISE.into()) as i64;
+            return Share::Beyond((i128::from(self.base << FINE) + excess).min(MAX_SURPRISE.into()) as i64);
         }
         // How many have less, in 1/256 of a unit, between two quantiles by interpolation.
         let above = self.quantiles.partition_point(|&quantile| quantile < value);
@@ -275,8 +283,34 @@ impl Tail {
             (_, Some(_)) => rank(above),
             (_, None) => units * 256,
         };
-        let at_least = (units * 256).saturating_sub(less) + 128;
-        i64::from(self.all.saturating_sub(log2_fixed(at_least)) << FINE)
+        Share::Within { at_least: (units * 256).saturating_sub(less) + 128 }
+    }
+}
+
+/// From 1/4096 to 1/[`UNIT_SCORE`].
+const FINE: u32 = UNIT_SCORE.trailing_zeros() - 12;
+
+/// How many normal units have at least a value.
+#[derive(Clone, Copy, Debug)]
+enum Share {
+    /// So many, in 1/256 of a unit.
+    Within { at_least: u64 },
+    /// Fewer than can be counted; so surprising, in 1/[`UNIT_SCORE`] bit.
+    Beyond(i64),
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self::Beyond(0)
+    }
+}
+
+impl Share {
+    fn at_least(self) -> u64 {
+        match self {
+            Self::Within { at_least } => at_least,
+            Self::Beyond(_) => 1,
+        }
     }
 }
 
@@ -396,12 +430,13 @@ impl NormalRanges {
 
     /// The views of a unit, each in its own scale.
     fn values(&self, scores: &UnitScores) -> [i64; VIEWS] {
-        let grown = (i128::from(self.pairs_growth) * i128::from(log2_fixed(scores.bytes))) >> 12;
+        let (log2_of_bytes, peak, fields) = scores.logarithms();
+        let grown = (i128::from(self.pairs_growth) * i128::from(log2_of_bytes)) >> 12;
         let grown = grown.clamp(i64::MIN.into(), i64::MAX.into()) as i64;
         [
             self.spread.standardised(scores.bytes, scores.excess(self.expected)),
-            scores.peak(),
-            scores.fields(),
+            peak,
+            fields,
             scores.new_pairs().saturating_sub(grown),
             scores.new_words(),
         ]
@@ -410,17 +445,38 @@ impl NormalRanges {
     /// How surprising each view of the unit is.
     pub fn surprises(&self, scores: &UnitScores) -> Surprises {
         let values = self.values(scores);
-        let mut surprises = values;
-        for (value, tail) in surprises.iter_mut().zip(&self.tails) {
-            *value = tail.surprise(*value);
+        let stratum = self.by_length.stratum(scores.bytes);
+        let mut shares = [Share::default(); VIEWS];
+        for (share, (tail, &value)) in shares.iter_mut().zip(self.tails.iter().zip(&values)) {
+            *share = tail.share(value);
         }
-        if let Some(stratum) = self.by_length.stratum(scores.bytes) {
-            let tails = stratum.tails.iter().zip(self.by_length.shares);
-            for (view, (tail, share)) in View::BY_LENGTH.into_iter().zip(tails) {
-                if let (Some(surprise), Some(&value)) =
-                    (surprises.get_mut(view as usize), values.get(view as usize))
-                {
-                    let own = tail.surprise(value).min(tail.most_surprise().max(2 * *surprise));
+        let mut alike = [Share::default(); View::BY_LENGTH.len()];
+        for (share, (view, k)) in alike.iter_mut().zip(View::BY_LENGTH.into_iter().zip(0..)) {
+            let tail = stratum.and_then(|stratum| stratum.tails.get::<usize>(k));
+            if let (Some(tail), Some(&value)) = (tail, values.get(view as usize)) {
+                *share = tail.share(value);
+            }
+        }
+
+        // All logarithms at once.
+        let mut numbers = [1; VIEWS + View::BY_LENGTH.len()];
+        for (number, share) in numbers.iter_mut().zip(shares.iter().chain(&alike)) {
+            *number = share.at_least();
+        }
+        let logs = log2_fixed_each(numbers);
+        let mut surprises = values;
+        for (surprise, ((tail, share), &log)) in
+            surprises.iter_mut().zip(self.tails.iter().zip(shares).zip(&logs))
+        {
+            *surprise = tail.surprise(share, log);
+        }
+        if let Some(stratum) = stratum {
+            let tails = stratum.tails.iter().zip(alike).zip(logs.iter().skip(VIEWS));
+            for (view, (((tail, alike), &log), share)) in
+                View::BY_LENGTH.into_iter().zip(tails.zip(self.by_length.shares))
+            {
+                if let Some(surprise) = surprises.get_mut(view as usize) {
+                    let own = tail.surprise(alike, log).min(tail.most_surprise().max(2 * *surprise));
                     let more = i128::from(own - *surprise) * i128::from(share);
                     *surprise += (more >> WHOLE_SHARE.trailing_zeros()) as i64;
                 }
@@ -499,6 +555,11 @@ mod tests {
     use proptest::prelude::*;
     use std::vec;
 
+    fn surprise_of(tail: &Tail, value: i64) -> i64 {
+        let share = tail.share(value);
+        tail.surprise(share, log2_fixed(share.at_least()))
+    }
+
     proptest! {
         #[test]
         fn p_is_the_definition(calibration in prop::collection::vec(-50i64..50, 0..80), s in -60i64..60) {
@@ -515,9 +576,9 @@ mod tests {
             a in any::<i64>(), b in -1100i64..1100, c in -1100i64..1100,
         ) {
             let tail = Tail::fit(values, View::Peak, None);
-            prop_assert!(b > c || tail.surprise(b) <= tail.surprise(c));
-            prop_assert!(b > a || tail.surprise(b) <= tail.surprise(a));
-            prop_assert!((0..=MAX_SURPRISE).contains(&tail.surprise(a)));
+            prop_assert!(b > c || surprise_of(&tail, b) <= surprise_of(&tail, c));
+            prop_assert!(b > a || surprise_of(&tail, b) <= surprise_of(&tail, a));
+            prop_assert!((0..=MAX_SURPRISE).contains(&surprise_of(&tail, a)));
         }
 
         /// Against the definition in floating point.
@@ -526,7 +587,7 @@ mod tests {
             values in prop::collection::vec(-1000i64..1000, 20..300), value in -1100i64..3000,
         ) {
             let tail = Tail::fit(values.clone(), View::Peak, None);
-            let bits = tail.surprise(value) as f64 / UNIT_SCORE as f64;
+            let bits = surprise_of(&tail, value) as f64 / UNIT_SCORE as f64;
             let n = values.len() as f64;
             let mut sorted = values.clone();
             sorted.sort_unstable();

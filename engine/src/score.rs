@@ -24,7 +24,7 @@
 
 use crate::bitmap::below;
 use crate::coder::{
-    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed,
+    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed_each,
     peak_weight,
 };
 use crate::normalise::{ClassSet, Normaliser, Piece};
@@ -249,13 +249,21 @@ impl UnitScores {
 
     /// log2 sum 2^(c/4), in 1/256 bit; 0 for an empty unit.
     pub fn peak(&self) -> i64 {
-        // The sum is in 1/256: 8 bits less.
-        i64::from(log2_fixed(self.peak_sum) >> 4).saturating_sub(8 * i64::from(UNITS_PER_BIT)).max(0)
+        self.logarithms().1
     }
 
     /// log2 (1 + sum max(0, z_f)^2), in 1/256.
     pub fn fields(&self) -> i64 {
-        i64::from(log2_fixed(self.field_sum.saturating_add(256)) >> 4) - 8 * 256
+        self.logarithms().2
+    }
+
+    /// log2 of the bytes in 1/4096, [`Self::peak`] and [`Self::fields`].
+    pub(crate) fn logarithms(&self) -> (u32, i64, i64) {
+        let [bytes, peak, fields] =
+            log2_fixed_each([self.bytes, self.peak_sum, self.field_sum.saturating_add(256)]);
+        // The sums are in 1/256: 8 bits less.
+        let less = 8 * i64::from(UNITS_PER_BIT);
+        (bytes, (i64::from(peak >> 4) - less).max(0), i64::from(fields >> 4) - less)
     }
 
     /// New pairs of familiar words / (words + 300), in 1/65536.

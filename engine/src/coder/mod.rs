@@ -70,20 +70,28 @@ pub(crate) fn identity(numbers: impl Iterator<Item = u64>) -> u64 {
 
 /// log2(x) in 1/4096, by repeated squaring; integers only, so every target agrees. `x` >= 1.
 pub(crate) fn log2_fixed(x: u64) -> u32 {
-    let x = x.max(1);
-    let exponent = 63 - x.leading_zeros();
-    // Mantissa in [1, 2) with 31 fractional bits.
-    let mut m = if exponent >= 31 { x >> (exponent - 31) } else { x << (31 - exponent) };
-    let mut fraction = 0u32;
+    let [log] = log2_fixed_each([x]);
+    log
+}
+
+/// As [`log2_fixed`] of each; side by side, since each squaring waits for the one before.
+pub(crate) fn log2_fixed_each<const N: usize>(numbers: [u64; N]) -> [u32; N] {
+    let numbers = numbers.map(|x| x.max(1));
+    let mut logs = numbers.map(|x| 63 - x.leading_zeros());
+    // In [1, 2) with 31 fractional bits.
+    let mut mantissas = numbers.map(|x| match 63 - x.leading_zeros() {
+        exponent @ 31.. => x >> (exponent - 31),
+        exponent => x << (31 - exponent),
+    });
     for _ in 0..12 {
-        m = (m * m) >> 31;
-        fraction <<= 1;
-        if m >= 1 << 32 {
-            fraction |= 1;
-            m >>= 1;
+        for (mantissa, log) in mantissas.iter_mut().zip(&mut logs) {
+            let square = (*mantissa * *mantissa) >> 31;
+            let bit = square >> 32;
+            *log = *log << 1 | bit as u32;
+            *mantissa = square >> bit;
         }
     }
-    (exponent << 12) | fraction
+    logs
 }
 
 /// Costs that a slot can have: exact to 1/64 bit below 2 bits, coarser above, up to 20 bits.
