@@ -230,6 +230,12 @@ fn all(workspace: &Workspace, steps: &mut Steps) -> Result<(), Failure> {
         let module = packed.join(package::FILTER);
         run(workspace.cargo(golden).env("DRIFTLOCK_FILTER", module).env("DRIFTLOCK_BINARY", &dist.binary))
     })?;
+    steps.step("the demo, through the gateway and through Envoy", || {
+        for arguments in [&["demo"][..], &["demo", "--envoy"]] {
+            run(Command::new(binary).args(arguments).env(envoy::BINARY_VARIABLE, &envoy))?;
+        }
+        Ok(())
+    })?;
     steps.step("the LLM gateway example", || example::run_gateway(workspace, &dist))?;
     steps.step("envoy/README.md, word for word", || example::follow_readme(workspace))
 }

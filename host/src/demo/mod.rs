@@ -230,7 +230,10 @@ fn filter_path(args: &Args) -> Result<PathBuf, DemoError> {
 /// The filter's configuration: the baseline inline, and no log lines, since the report shows what they
 /// would say. Streams without a baseline go on learning, as they would in production.
 fn plugin_configuration(baseline: &[u8]) -> String {
-    format!("{{\"report\": {{\"log\": \"never\"}}, \"baseline\": \"{}\"}}\n", STANDARD.encode(baseline))
+    format!(
+        "{{\"report\": {{\"log\": \"never\", \"filter_state\": \"full\"}}, \"baseline\": \"{}\"}}\n",
+        STANDARD.encode(baseline)
+    )
 }
 
 async fn through_gateway(
