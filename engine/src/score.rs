@@ -533,7 +533,7 @@ impl UnitScorer {
             }
             let before = ahead.unwrap_or_else(|| memo.state_id(self.identity, &self.accounts.state));
             let body_start = body_offset + start as u64;
-            let holds = |also: &memo::Also| {
+            let holds = |also: &Also| {
                 also.path.is_none_or(|(path, _)| path == self.accounts.state.tracker().path())
                     && also.plain.is_none_or(|plain| plain == self.plain_before(model, ahead, text, start))
             };
@@ -615,11 +615,9 @@ impl UnitScorer {
             return None;
         }
         self.accounts.flush(model, &mut self.gathered, block, last);
+        let words = Passage::of(&model.vocabulary, text, last)?;
         let epoch = memo.epoch;
         let after = memo.state_id(self.identity, &self.accounts.state);
-        if !self.accounts.words.is_between_words() {
-            return None;
-        }
         let tracker = self.accounts.state.tracker();
         let (path, path_used) = (tracker.path(), tracker.path_used());
         let Accounts { scores, field_cost, field_bytes, reference, .. } = &self.accounts;
@@ -632,7 +630,7 @@ impl UnitScorer {
             ended,
             field_cost: small(field_cost - cost_before)?,
             field_bytes: small(field_bytes - bytes_before)?,
-            words: Passage::of(&model.vocabulary, text, last)?,
+            words,
         };
         if block.costs().iter().any(|&cost| u32::from(cost) > *reference) {
             memo.give_up(stretch);
@@ -1068,7 +1066,7 @@ mod tests {
         }
     }
 
-    const PARTS: [&str; 22] = [
+    const PARTS: [&str; 24] = [
         "GET /orders?id=",
         "POST /orders/new HTTP/1.1\r\n",
         "Host: localhost:8080\r\n",
@@ -1090,6 +1088,8 @@ mod tests {
         "Content-Length: 159\r\nContent-Type: application/json; charset=utf-8\r\n",
         "%3D",
         "é",
+        "日本語日本語日本語日本語日本語日本語日本語日本語日本語日本語",
+        "''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''",
         "127.0.0.1 - - [23/Nov/2026:10:00:00 +0000] \"GET / HTTP/1.1\" 200 12\n",
     ];
 

@@ -145,6 +145,10 @@ pub struct Figures {
     pub vm_memory_bytes: Option<u64>,
     /// Scoring, LLM bodies.
     pub score_mb_per_s_llm: Option<f64>,
+    /// The share of the short messages' bytes that came before and were looked up; no round knows another's.
+    pub score_known_share: Option<f64>,
+    /// The same of the LLM bodies.
+    pub score_known_share_llm: Option<f64>,
     /// zstd over the same short messages.
     pub zstd3_dict_mb_per_s: Option<f64>,
     /// zstd over the same LLM bodies.
@@ -269,10 +273,12 @@ pub fn measure(args: &Args) -> Result<Report, BenchError> {
     let short = scoring::measure(&corpora.short, budget.scoring)?;
     ratios.score_vs_zstd3_dict = rounded(short.turns.ratio());
     figures.score_mb_per_s = rounded(short.score_mb_per_s());
+    figures.score_known_share = rounded(short.known_share());
     figures.zstd3_dict_mb_per_s = rounded(short.zstd_mb_per_s());
     let llm = scoring::measure(&corpora.llm, budget.scoring)?;
     ratios.score_vs_zstd3_dict_llm = rounded(llm.turns.ratio());
     figures.score_mb_per_s_llm = rounded(llm.score_mb_per_s());
+    figures.score_known_share_llm = rounded(llm.known_share());
     figures.zstd3_dict_mb_per_s_llm = rounded(llm.zstd_mb_per_s());
     drop(llm);
 
@@ -418,6 +424,8 @@ fn print(report: &Report) {
         ("replay, two threads to one", number(figures.replay_two_threads_vs_one, 2)),
         ("scoring, MB/s of short messages", number(figures.score_mb_per_s, 1)),
         ("scoring, MB/s of LLM bodies", number(figures.score_mb_per_s_llm, 1)),
+        ("scoring, share of short messages looked up", number(figures.score_known_share, 2)),
+        ("scoring, share of LLM bodies looked up", number(figures.score_known_share_llm, 2)),
         ("zstd, MB/s of short messages", number(figures.zstd3_dict_mb_per_s, 1)),
         ("zstd, MB/s of LLM bodies", number(figures.zstd3_dict_mb_per_s_llm, 1)),
         ("a verdict with 1,000 permutations, us", number(figures.permutation_verdict_us, 0)),

@@ -41,9 +41,16 @@ pub(super) struct Scoring {
     pub(super) turns: Turns,
     /// Of one round.
     pub(super) bytes: u64,
+    /// Of these, how many came before in the round, word for word, and were looked up.
+    known_bytes: u64,
 }
 
 impl Scoring {
+    /// The share of the bytes that were looked up instead of scored again.
+    pub(super) fn known_share(&self) -> f64 {
+        self.known_bytes as f64 / self.bytes.max(1) as f64
+    }
+
     pub(super) fn score_mb_per_s(&self) -> f64 {
         self.bytes as f64 / 1e6 / self.turns.first_s()
     }
@@ -108,11 +115,14 @@ pub(super) fn measure(split: &Split, budget: Duration) -> Result<Scoring, BenchE
     }
     let longest = split.test.iter().map(|sample| sample.text().len()).max().unwrap_or(0);
     let mut buffer = vec![0; zstd::zstd_safe::compress_bound(longest)];
+    let mut known_bytes = 0;
     let score = || {
         // New every time: no message may be known from the round before.
         let mut scratch = Scratch::default();
         let statistics = split.test.iter().map(|sample| baseline.statistic_in(&sample.message, &mut scratch));
-        match statistics.fold(0i64, i64::wrapping_add) == expected {
+        let sum = statistics.fold(0i64, i64::wrapping_add);
+        known_bytes = scratch.known_bytes();
+        match sum == expected {
             true => Ok(()),
             false => Err(wrong("the sum of the statistics is another than byte by byte")),
         }
@@ -129,7 +139,7 @@ pub(super) fn measure(split: &Split, budget: Duration) -> Result<Scoring, BenchE
     };
     let turns = by_turns(budget, score, compress)?;
     let bytes = split.test.iter().map(|sample| sample.text().len() as u64).sum();
-    Ok(Scoring { baseline, turns, bytes })
+    Ok(Scoring { baseline, turns, bytes, known_bytes })
 }
 
 /// A verdict by permutation: how many times as fast as recompressing, and its time in us.
