@@ -35,8 +35,8 @@ use crate::calibrate::{
     ByLength, Calibration, NormalRanges, Spread, Stratum, Tail, UNSEEN_UNIT, WHOLE_SHARE,
 };
 use crate::coder::{BLOCK_BYTES, Block, ContextModel, Counts, ModelError};
-use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser, Piece};
-use crate::score::{Expected, Moments, Scratch, UnitModel, UnitScorer, UnitScores};
+use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser};
+use crate::score::{BLOB_BYTE_COST, Expected, Moments, Scratch, Step, UnitModel, UnitScorer, UnitScores};
 use crate::words::{Vocabulary, WordSet};
 
 /// SHA-256 of a baseline's bytes.
@@ -205,9 +205,7 @@ impl Models {
         let (mut sum_of_means, mut kinds, mut scratch) = (0u64, 0u64, Scratch::default());
         for (name, mut model) in self.units {
             let texts = texts_of(&name);
-            let normalised: Vec<Vec<u8>> =
-                texts.iter().map(|text| normalise(text, model.normalised)).collect();
-            model.expect(normalised.iter().map(Vec::as_slice));
+            model.expect(texts.iter().copied());
             let scores = texts.iter().map(|text| score(&model, text, &mut scratch)).collect();
             if !texts.is_empty() {
                 sum_of_means += u64::from(model.expected.all().mean);
@@ -267,28 +265,23 @@ impl UnitBaseline {
     }
 
     /// What each byte of a whole unit costs, in 1/256 bit. The cost of a marker is on the first byte of
-    /// the token that it stands for; the token's other bytes cost nothing.
+    /// the token that it stands for; the token's other bytes cost nothing, but for those of a blob.
     pub fn costs(&self, text: &[u8]) -> Vec<u32> {
         let mut costs = vec![0; text.len()];
-        let (mut state, mut block) = (self.model.coder.start(), Block::default());
-        let mut emit = |piece: Piece<'_>| {
-            let mut done = 0;
-            while let Some(rest) = piece.text.get(done..)
-                && !rest.is_empty()
-            {
-                let len = self.model.coder.cost_block(&mut state, rest, &mut block);
-                for (&cost, i) in block.costs().iter().zip(done..) {
-                    let at = piece.offset as usize + if piece.class.is_none() { i } else { 0 };
+        self.model.walk(text, &mut |step| match step {
+            Step::Costs { offset, marker, block } => {
+                for (&cost, i) in block.costs().iter().zip(0..) {
+                    let at = offset as usize + if marker { 0 } else { i };
                     if let Some(sum) = costs.get_mut(at) {
                         *sum += u32::from(cost);
                     }
                 }
-                done += len;
             }
-        };
-        let mut normaliser = Normaliser::new(self.model.normalised);
-        normaliser.push(text, 0, &mut emit);
-        normaliser.finish(&mut emit);
+            Step::Blob { offset, len, .. } => {
+                let blob = costs.get_mut(offset as usize..(offset + len) as usize).unwrap_or_default();
+                blob.iter_mut().for_each(|cost| *cost += BLOB_BYTE_COST);
+            }
+        });
         costs
     }
 }

@@ -53,6 +53,16 @@ impl Block64 {
         front
     }
 
+    /// The places where both have the same byte.
+    #[inline(always)]
+    pub(crate) fn same(&self, other: &Self) -> u64 {
+        let [a, b, c, d] = core::array::from_fn(|i| match (self.0.get(i), other.0.get(i)) {
+            (Some(mine), Some(theirs)) => u64::from(mine.simd_eq(*theirs).to_bitmask() & 0xffff),
+            _ => 0,
+        });
+        a | b << 16 | c << 32 | d << 48
+    }
+
     /// The bytes of which `test` holds: of sixteen bytes it makes sixteen flags, 0 or 255.
     #[inline(always)]
     pub(crate) fn bits(&self, test: impl Fn(u8x16) -> u8x16) -> u64 {
@@ -65,6 +75,12 @@ impl Block64 {
 #[inline(always)]
 pub(crate) fn letters(bytes: u8x16) -> u8x16 {
     within((bytes | u8x16::splat(0x20)) - u8x16::splat(b'a'), 25)
+}
+
+/// The ASCII capitals among sixteen bytes.
+#[inline(always)]
+pub(crate) fn capitals(bytes: u8x16) -> u8x16 {
+    within(bytes - u8x16::splat(b'A'), 25)
 }
 
 /// The ASCII digits among sixteen bytes.
@@ -105,6 +121,11 @@ mod tests {
             };
             prop_assert_eq!(block.bits(letters), expected(|b| b.is_ascii_alphabetic()));
             prop_assert_eq!(block.bits(digits), expected(|b| b.is_ascii_digit()));
+            prop_assert_eq!(block.bits(capitals), expected(|b| b.is_ascii_uppercase()));
+            let behind = Block64::new(text.get(1..).unwrap_or_default());
+            let byte = |i: usize| text.get(i).copied().unwrap_or(0);
+            let same = (0..64).filter(|&i| byte(i) == byte(i + 1)).fold(0, |bits: u64, i| bits | 1 << i);
+            prop_assert_eq!(block.same(&behind), same);
             prop_assert_eq!(block.bits(|bytes| bytes), expected(|b| b >= 0x80));
             prop_assert_eq!(block.bits(|bytes| equal(bytes, b'%')), expected(|b| b == b'%'));
             for len in 1..=text.len().min(64) {

@@ -27,7 +27,7 @@ use crate::coder::{
     BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed_each,
     peak_weight,
 };
-use crate::normalise::{ClassSet, Normaliser, Piece};
+use crate::normalise::{Class, ClassSet, Normaliser, Piece};
 use crate::words::{Passage, Vocabulary, WordTally, WordTracker};
 use alloc::vec::Vec;
 use wide::{i16x8, i32x4, u16x8};
@@ -41,6 +41,37 @@ pub const MAX_SPANS: usize = 3;
 
 /// What a byte must cost beyond expectation, in 1/256 bit, before it adds to an excess span.
 pub const EXCESS_MARGIN: u32 = 4 * UNITS_PER_BIT;
+
+/// What a byte of a blob costs, in 1/256 bit: one of the 64 characters of base64 (RFC 4648, section 4) says no
+/// more, and no context foresees it. The blob's marker is paid beside it.
+pub const BLOB_BYTE_COST: u32 = 6 * UNITS_PER_BIT;
+
+/// The length of the blob that a piece stands for, if it does for one.
+fn blob(piece: &Piece<'_>) -> Option<u64> {
+    (piece.class == Some(Class::Base64)).then_some(piece.source_len)
+}
+
+/// A part of a unit's text, and what it costs.
+pub(crate) enum Step<'a> {
+    /// Bytes from `offset` in the text on, or the marker of a token that stands there.
+    Costs {
+        /// In the text.
+        offset: u64,
+        /// They are a marker's.
+        marker: bool,
+        /// Their costs.
+        block: &'a Block,
+    },
+    /// A blob: [`BLOB_BYTE_COST`] for each of its bytes, beside its marker.
+    Blob {
+        /// In the text.
+        offset: u64,
+        /// Its bytes.
+        len: u64,
+        /// The field that it stands in.
+        field: Option<FieldNumber>,
+    },
+}
 
 /// What a unit of one kind is scored under.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +124,12 @@ impl CostSums {
         }
     }
 
+    fn add_blob(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        self.cost += bytes * u64::from(BLOB_BYTE_COST);
+        self.squares += bytes * u64::from(BLOB_BYTE_COST) * u64::from(BLOB_BYTE_COST);
+    }
+
     pub(crate) fn merge(&mut self, other: CostSums) {
         self.bytes += other.bytes;
         self.cost += other.cost;
@@ -125,25 +162,27 @@ impl CostSums {
 }
 
 impl UnitModel {
-    /// Fits [`Self::expected`] to held-out normal units.
-    pub fn expect<'a>(&mut self, units: impl Iterator<Item = &'a [u8]>) {
+    /// Fits [`Self::expected`] to the texts of held-out normal units.
+    pub fn expect<'a>(&mut self, texts: impl Iterator<Item = &'a [u8]>) {
         let mut fields: Vec<CostSums> = alloc::vec![CostSums::default(); self.coder.fields()];
         let mut text = CostSums::default();
-        let mut block = Block::default();
-        for unit in units {
-            let mut state = self.coder.start();
-            let mut rest = unit;
-            while !rest.is_empty() {
-                let done = self.coder.cost_block(&mut state, rest, &mut block);
-                let mut start = 0;
-                for segment in block.segments() {
-                    let costs = block.costs().get(start..segment.end).unwrap_or_default();
-                    let sums = segment.field.and_then(|field| fields.get_mut(field.index()));
-                    sums.unwrap_or(&mut text).add(costs);
-                    start = segment.end;
+        for unit in texts {
+            let state = self.walk(unit, &mut |step| {
+                let mut sums = |field: Option<FieldNumber>, add: &dyn Fn(&mut CostSums)| {
+                    add(field.and_then(|field| fields.get_mut(field.index())).unwrap_or(&mut text));
+                };
+                match step {
+                    Step::Costs { block, .. } => {
+                        let mut start = 0;
+                        for segment in block.segments() {
+                            let costs = block.costs().get(start..segment.end).unwrap_or_default();
+                            sums(segment.field, &|sums| sums.add(costs));
+                            start = segment.end;
+                        }
+                    }
+                    Step::Blob { len, field, .. } => sums(field, &|sums| sums.add_blob(len)),
                 }
-                rest = rest.get(done..).unwrap_or_default();
-            }
+            });
             if let (Some(field), Some(cost)) = (state.field(), self.coder.end_cost(&state))
                 && let Some(sums) = fields.get_mut(field.index())
             {
@@ -155,6 +194,28 @@ impl UnitModel {
         let all = all.own_moments();
         let fields = fields.into_iter().map(|sums| sums.moments(all)).collect();
         self.expected = Expected::new(all, text.moments(all), fields);
+    }
+
+    /// Visits what a unit's text costs, in order; returns the state behind it.
+    pub(crate) fn walk(&self, text: &[u8], each: &mut impl FnMut(Step<'_>)) -> State {
+        let (mut state, mut block) = (self.coder.start(), Block::default());
+        let mut emit = |piece: Piece<'_>| {
+            let mut done = 0;
+            while let Some(rest) = piece.text.get(done..)
+                && !rest.is_empty()
+            {
+                let offset = piece.offset + if piece.class.is_none() { done as u64 } else { 0 };
+                done += self.coder.cost_block(&mut state, rest, &mut block);
+                each(Step::Costs { offset, marker: piece.class.is_some(), block: &block });
+            }
+            if let Some(len) = blob(&piece) {
+                each(Step::Blob { offset: piece.offset, len, field: state.field() });
+            }
+        };
+        let mut normaliser = Normaliser::new(self.normalised);
+        normaliser.push(text, 0, &mut emit);
+        normaliser.finish(&mut emit);
+        state
     }
 
     /// A hash of all that decides a score.
@@ -671,6 +732,33 @@ impl Accounts {
                 self.flush(model, gathered, block, false);
             }
         }
+        if let Some(len) = blob(piece) {
+            self.flush(model, gathered, block, false);
+            self.pass_blob(len, piece);
+        }
+    }
+
+    /// A blob of so many bytes, behind its marker.
+    fn pass_blob(&mut self, len: u64, piece: &Piece<'_>) {
+        let cost = len * u64::from(BLOB_BYTE_COST);
+        self.scores.bytes += len;
+        self.scores.cost += cost;
+        self.field_bytes += len;
+        self.field_cost += cost;
+        // Each of its bytes moves the CUSUM by as much, up or down.
+        if self.height == 0 {
+            self.running_cost = 0;
+            (self.current.start, self.current.body_start) = (piece.offset, piece.body_start);
+        }
+        self.running_cost += cost;
+        self.height = (self.height + cost).saturating_sub(len * u64::from(self.reference));
+        if self.height > self.current.excess {
+            (self.current.excess, self.current.cost) = (self.height, self.running_cost);
+            (self.current.end, self.current.body_end) = (piece.offset + piece.source_len, piece.body_end);
+        }
+        if self.height == 0 {
+            self.keep_current();
+        }
     }
 
     /// Scores what was gathered; `at_end` says that nothing follows.
@@ -1066,7 +1154,7 @@ mod tests {
         }
     }
 
-    const PARTS: [&str; 24] = [
+    const PARTS: [&str; 26] = [
         "GET /orders?id=",
         "POST /orders/new HTTP/1.1\r\n",
         "Host: localhost:8080\r\n",
@@ -1090,6 +1178,8 @@ mod tests {
         "é",
         "日本語日本語日本語日本語日本語日本語日本語日本語日本語日本語",
         "''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''''",
+        BLOB,
+        "{\"type\":\"image/png;base64\",\"data\":\"iVBORw0KGgoAAAANSUhEUgAAAIAAAACACAYAAADDPmHLAAAABmJLR0QA==\"}",
         "127.0.0.1 - - [23/Nov/2026:10:00:00 +0000] \"GET / HTTP/1.1\" 200 12\n",
     ];
 
@@ -1213,6 +1303,56 @@ mod tests {
         assert_eq!(&text[script.clone()], b"<script>");
         let near = whole.spans.iter().find(|s| s.start <= script.start as u64 && s.end >= script.end as u64);
         assert!(near.is_some_and(|span| span.body_start == span.start + 50), "{:?}", whole.spans);
+    }
+
+    const BLOB: &str = "CpEDARFNMg9f55m3HJzuM30qcMb2V9VcMUqD7t0PEm2m5p8ofBgKU9UmaXUWjiTBEEbVNtS5dmGOpcgnLOKj2t06X3K/1GfSAHb5K3hRaj5iM";
+
+    #[test]
+    fn a_blob_costs_its_bytes_and_every_split_agrees() {
+        let model = model(ClassSet::VOLATILE);
+        let familiar = Moments { mean: 6 << 16, variance: 1 << 16 };
+        let expected = Expected::new(familiar, familiar, std::vec![familiar; model.coder.fields()]);
+        let used_to = UnitModel { expected, ..model.clone() };
+        let short = &BLOB[50..90];
+        let two = std::format!("order {BLOB} of customer 7 {short} is ';DROP TABLE-- on its way");
+        for (text, blobs) in [(two, 2), (std::format!("order 7 {BLOB} of customer 7 is on its way"), 1)] {
+            let whole = score(&model, text.as_bytes(), &[], 50);
+            assert_eq!(whole.source_bytes, text.len() as u64);
+            assert_eq!(whole.bytes, text.len() as u64 + blobs * 3, "their markers are paid beside them");
+            let mut costs: Vec<u16> = Vec::new();
+            model.walk(text.as_bytes(), &mut |step| match step {
+                Step::Costs { block, .. } => costs.extend(block.costs()),
+                Step::Blob { len, .. } => costs.extend((0..len).map(|_| BLOB_BYTE_COST as u16)),
+            });
+            assert_eq!(costs.iter().map(|&cost| u64::from(cost)).sum::<u64>(), whole.cost);
+            for cut in 1..text.len() {
+                assert_eq!(score(&model, text.as_bytes(), &[cut], 50), whole, "cut at {cut}");
+            }
+            // To the one a blob is excess, to the other not.
+            for model in [&model, &used_to] {
+                let reference = model.expected.all.mean / UNITS_PER_BIT + EXCESS_MARGIN;
+                let spans = score(model, text.as_bytes(), &[], 50).spans;
+                for (span, (excess, _, _, cost)) in spans.iter().zip(oracle(&costs, reference.into())) {
+                    assert_eq!((span.excess, span.cost), (excess, cost));
+                    assert_eq!((span.body_start, span.body_end), (span.start + 50, span.end + 50));
+                }
+            }
+        }
+        // Where its marker is familiar an excursion begins with it.
+        let (mut counts, words) = (Counts::new(1 << 16), WordSet::new(1 << 12).freeze(1 << 10));
+        let text = std::format!("order {BLOB} is on its way");
+        (0..40).for_each(|_| counts.train(&crate::baseline::normalise(text.as_bytes(), ClassSet::VOLATILE)));
+        let (normalised, coder) = (ClassSet::VOLATILE, counts.freeze(1 << 20));
+        let cheap = Moments { mean: 1 << 16, variance: 1 << 16 };
+        let expected = Expected::new(cheap, cheap, std::vec![cheap; coder.fields()]);
+        let used_to_its_place = UnitModel { normalised, coder, vocabulary: words, expected };
+        let span = score(&used_to_its_place, text.as_bytes(), &[], 50).spans[0];
+        assert_eq!((span.start, span.end), (6, 6 + BLOB.len() as u64));
+        assert_eq!((span.body_start, span.body_end), (56, 56 + BLOB.len() as u64));
+        // Its bytes are its field's.
+        let in_field = std::format!("GET /orders?id={BLOB}");
+        let odd = |model| score(model, in_field.as_bytes(), &[], 0).fields();
+        assert!(odd(&model) > odd(&used_to) + 3 * 256, "{} {}", odd(&model), odd(&used_to));
     }
 
     #[test]

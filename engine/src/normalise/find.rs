@@ -15,7 +15,7 @@
 
 use super::class::{Class, ClassSet};
 use super::scan::escape;
-use super::volatile::{MAX_PREFIX, MIN_COMPACT_TIME, PREFIX_WORDS};
+use super::volatile::{MAX_PREFIX, MIN_COMPACT_TIME, Mix, PREFIX_WORDS};
 use crate::bitmap::{Block64, below, digits, equal, letters};
 
 /// What this can find.
@@ -26,7 +26,8 @@ pub(super) const NARROW: ClassSet = ClassSet::NONE
     .with(Class::Timestamp)
     .with(Class::HttpDate)
     .with(Class::Epoch)
-    .with(Class::Id);
+    .with(Class::Id)
+    .with(Class::Base64);
 
 /// Why the search stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,11 +60,13 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
         let block = Block64::new(rest);
         let mut len = rest.len().min(64);
         let is_digit = block.bits(digits);
-        let mut words = block.bits(letters) | is_digit;
+        let is_word = block.bits(letters) | is_digit;
+        let mut words = is_word;
         let percents = block.bits(|bytes| equal(bytes, b'%'));
         let ats = block.bits(|bytes| equal(bytes, b'@'));
         let local_signs = block
             .bits(|bytes| equal(bytes, b'.') | equal(bytes, b'+') | equal(bytes, b'-') | equal(bytes, b'_'));
+        let slashes = block.bits(|bytes| equal(bytes, b'/'));
         let mut escapes = percents | block.bits(|bytes| equal(bytes, b'\\'));
         // Bit i is set if an escape ends before byte i.
         let mut boundaries = u64::from(behind_escape);
@@ -85,14 +88,42 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
         }
         words &= below(len);
         let text_ends = len == rest.len() || open_escape;
-        // A word that the block or the text cuts waits for the next block or more text.
-        let cut = reach == len
-            && len.checked_sub(1).is_some_and(|last| words >> last & 1 == 1)
-            && !(text_ends && at_end);
-        let cut_at = 64 - (!words & below(len)).leading_zeros() as usize;
+        // What the block or the text cuts waits for the next block or more text: a word, or what may be a blob.
+        let may_go_on = reach == len && !(text_ends && at_end);
+        let ends_with = |bits: u64| len.checked_sub(1).is_some_and(|last| bits >> last & 1 == 1);
+        let last_run = |bits: u64| 64 - (!bits & below(len)).leading_zeros() as usize;
+        let mut cut = may_go_on && ends_with(words);
+        let mut cut_at = if cut { last_run(words) } else { len };
         if cut && cut_at == 0 && !text_ends {
             // So long a word is looked at as a whole by whoever asks.
             return stop(Why::Word, 0, behind_escape);
+        }
+        // With dots, which no blob has: whether there is one to look for.
+        let chain = is_word | local_signs | slashes;
+        let cut_chain = may_go_on && ends_with(chain) && last_run(chain) < cut_at;
+        let mut blobs = 0;
+        if runs_of_32(chain) != 0 || cut_chain {
+            let chain = chain & !block.bits(|bytes| equal(bytes, b'.'));
+            let starts = words & !(words << 1);
+            let mut ask = starts & runs_of_32(chain);
+            while ask != 0 {
+                let at = ask.trailing_zeros() as usize;
+                ask &= ask - 1;
+                blobs |= u64::from(Mix::new(&block, chain, at).may_be_random()) << at;
+            }
+            if may_go_on && ends_with(chain) {
+                let mut open = starts & !below(last_run(chain));
+                if open & 1 == 1 && !text_ends {
+                    // All bytes that decide are here.
+                    if blobs & 1 == 1 {
+                        return stop(Why::Word, 0, behind_escape);
+                    }
+                    open &= open - 1;
+                }
+                if open != 0 {
+                    (cut, cut_at) = (true, cut_at.min(open.trailing_zeros() as usize));
+                }
+            }
         }
         let local = words | local_signs;
         if cut {
@@ -100,7 +131,7 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
         }
 
         let starts = words & !(words << 1);
-        let mut look = starts & is_digit;
+        let mut look = starts & (is_digit | blobs);
         let mut signed = (words << 1) & !words & (local_signs | ats | percents);
         while signed != 0 {
             let gaps = !words & (below(signed.trailing_zeros() as usize));
@@ -113,7 +144,7 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
             let end = start + (!(words >> start)).trailing_zeros() as usize;
             let all_digits = (!(is_digit >> start)).trailing_zeros() as usize >= end - start;
             let word = Word { start, end, all_digits, local, len, open: !(text_ends && at_end) };
-            if word.may_start_token(rest) {
+            if blobs >> start & 1 == 1 || word.may_start_token(rest) {
                 return stop(Why::Word, start, boundaries >> start & 1 == 1);
             }
         }
@@ -129,6 +160,11 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
         }
         (from, behind_escape) = (from + start, behind);
     }
+}
+
+/// Where 32 set bits in a row begin.
+fn runs_of_32(bits: u64) -> u64 {
+    [1, 2, 4, 8, 16].into_iter().fold(bits, |runs, by| runs & runs >> by)
 }
 
 /// A whole word in a block.

@@ -40,9 +40,10 @@ pub use rewrite::{MARKER, Normaliser, OffsetMap, Piece, Redacted, Redactor, reda
 pub use scan::{Found, Scanner};
 
 /// What is normalised unless configuration says otherwise: what has a shape so narrow that nothing can be
-/// hidden in it. Not long numbers (in answers they are what differs, and false alarms rise), not digests,
-/// tokens and blobs, whose bytes an attacker chooses, and nothing that must not leak: the first card
-/// number in a completion has to cost what it is worth. The ablation's figures are in DECISIONS.md.
+/// hidden in it, and blobs of base64, which stay as dear as their bytes are (see
+/// [`crate::score::BLOB_BYTE_COST`]). Not long numbers (in answers they are what differs, and false alarms
+/// rise), not digests and tokens, whose bytes an attacker chooses, and nothing that must not leak: the first
+/// card number in a completion has to cost what it is worth. The ablation's figures are in DECISIONS.md.
 pub const DEFAULT_NORMALISED: ClassSet = ClassSet::NONE
     .with(Class::Email)
     .with(Class::Traceparent)
@@ -50,4 +51,5 @@ pub const DEFAULT_NORMALISED: ClassSet = ClassSet::NONE
     .with(Class::Timestamp)
     .with(Class::HttpDate)
     .with(Class::Epoch)
-    .with(Class::Id);
+    .with(Class::Id)
+    .with(Class::Base64);

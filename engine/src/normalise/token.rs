@@ -10,6 +10,7 @@ use core::cell::Cell;
 use super::automaton::{BASE64_URL, DASH_LOW, DIGIT, LOWER, PEM, PLUS_SLASH, UPPER, WORD, is, kinds_of, run};
 use super::class::{Class, ClassSet};
 use super::{personal, secrets, volatile};
+use crate::bitmap::{Block64, digits, equal, letters};
 
 /// How far ahead of its first byte a token is decided.
 pub(super) const WINDOW: usize = 256;
@@ -65,7 +66,7 @@ impl Tail {
                     return (taken, taken < text.len());
                 }
                 Self::Padded(kinds) => {
-                    taken = run(text, taken, kinds);
+                    taken = run(text, blob_blocks(text), kinds);
                     if taken == text.len() {
                         return (taken, false);
                     }
@@ -109,6 +110,16 @@ impl Tail {
             }
         }
     }
+}
+
+/// Bytes of the whole blocks of 64 at the front of `text` that hold base64 and nothing else.
+fn blob_blocks(text: &[u8]) -> usize {
+    let of_blob = |bytes| {
+        let signs = equal(bytes, b'+') | equal(bytes, b'/') | equal(bytes, b'-') | equal(bytes, b'_');
+        letters(bytes) | digits(bytes) | signs
+    };
+    let blocks = text.as_chunks::<64>().0.iter();
+    64 * blocks.take_while(|block| Block64::new(*block).bits(of_blob) == u64::MAX).count()
 }
 
 /// A token at the front of a window.
@@ -325,7 +336,7 @@ const MATCHERS: [(Class, Matcher); 19] = [
     (Class::Epoch, volatile::epoch),
     (Class::Id, volatile::id),
     (Class::Hex, volatile::hex),
-    (Class::Digits, volatile::digits),
+    (Class::Digits, volatile::decimal),
     (Class::Base64, volatile::base64),
 ];
 

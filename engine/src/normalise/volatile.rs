@@ -4,6 +4,7 @@
 
 use super::automaton::{BASE64, BASE64_URL, DASH_LOW, DIGIT, HEX, LOWER, PLUS_SLASH, UPPER, WORD, is};
 use super::token::{HORIZON, Shape, Tail, Word};
+use crate::bitmap::{Block64, below, capitals, digits, letters};
 
 /// Fewest hexadecimal digits of a digest.
 const MIN_HEX: usize = 16;
@@ -283,7 +284,7 @@ pub(super) fn hex(word: &Word<'_>) -> Found {
 }
 
 /// At least six decimal digits.
-pub(super) fn digits(word: &Word<'_>) -> Found {
+pub(super) fn decimal(word: &Word<'_>) -> Found {
     let end = word.run(0, DIGIT).min(HORIZON);
     bounded_run(word, 0, end, MIN_DIGITS, DIGIT)
 }
@@ -308,11 +309,43 @@ pub(super) fn base64(word: &Word<'_>) -> Found {
         return None;
     }
     let body = word.slice(0, end);
-    let count = |kind: u16| body.iter().filter(|&&b| is(b, kind)).count();
-    let sort = |b: u8| [DIGIT, UPPER, LOWER].iter().position(|&kind| is(b, kind));
-    let pairs = || body.iter().zip(body.iter().skip(1)).filter(|(a, b)| a != b);
-    let changes = pairs().filter(|&(&a, &b)| sort(a) != sort(b)).count();
-    let mixed = count(DIGIT) >= 2 && count(UPPER) >= 3 && count(LOWER) >= 3;
-    let random = mixed && changes >= 12 && changes * 10 >= pairs().count() * 4;
+    let (block, behind) = (Block64::new(body), Block64::new(body.get(1..).unwrap_or_default()));
+    let mix = Mix::new(&block, below(end), 0);
+    let pairs = (!block.same(&behind) & below(end - 1)).count_ones();
+    let random = mix.may_be_random() && mix.changes() * 10 >= pairs * 4;
     random.then_some((0, end, Tail::Padded(BASE64)))
+}
+
+/// The kinds of the characters in a run, as bits.
+pub(super) struct Mix {
+    run: u64,
+    digits: u64,
+    capitals: u64,
+    small: u64,
+}
+
+impl Mix {
+    /// Of the run of set bits of `chain` that begins `at`.
+    pub(super) fn new(block: &Block64, chain: u64, at: usize) -> Self {
+        let len = (!(chain >> at)).trailing_zeros() as usize;
+        let run = below(len) << at;
+        let of = |bits: u64| bits & run;
+        let capitals = block.bits(capitals);
+        let small = block.bits(letters) & !capitals;
+        Self { run, digits: of(block.bits(digits)), capitals: of(capitals), small: of(small) }
+    }
+
+    /// How often the next character is of another kind; signs are one kind.
+    fn changes(&self) -> u32 {
+        let edges = |bits: u64| bits ^ bits >> 1;
+        let edges = edges(self.digits) | edges(self.capitals) | edges(self.small);
+        (edges & self.run & self.run >> 1).count_ones()
+    }
+
+    /// Whether there are enough of each, and enough changes in all; more characters only add to them.
+    pub(super) fn may_be_random(&self) -> bool {
+        let mixed =
+            self.digits.count_ones() >= 2 && self.capitals.count_ones() >= 3 && self.small.count_ones() >= 3;
+        mixed && self.changes() >= 12
+    }
 }
