@@ -239,7 +239,7 @@ impl Models {
 }
 
 fn score(model: &UnitModel, text: &[u8], scratch: &mut Scratch) -> UnitScores {
-    UnitScorer::new(model).finish_with(model, text, 0, scratch)
+    UnitScorer::whole(model, text, 0, scratch)
 }
 
 /// What normal units of one kind look like.

@@ -542,9 +542,8 @@ impl Message {
         {
             let kind = baseline.units().iter().position(|unit| unit.name == id.name);
             let known = kind.and_then(|kind| baseline.units().get(kind));
-            let scores = known.map(|UnitBaseline { model, .. }| {
-                UnitScorer::new(model).finish_with(model, text, body_offset, scratch)
-            });
+            let scores =
+                known.map(|UnitBaseline { model, .. }| UnitScorer::whole(model, text, body_offset, scratch));
             done.scored(id, kind, text.len() as u64, scores, baseline);
         } else {
             self.text(id, text, body_offset, max_unit_bytes, scratch);

@@ -18,7 +18,7 @@
 //! random tokens the largest excess of every normal message is its token.
 //!
 //! Cost: the model's (see [`crate::coder`]), and about five operations a byte; less for text that came
-//! before, whose sums are looked up (see [`memo`]). A [`UnitScorer`] takes under 3 KiB, whatever the unit's
+//! before, whose sums are looked up (see [`memo`]). A [`UnitScorer`] takes under 4 KiB, whatever the unit's
 //! length. Every split of the bytes into chunks gives the same result, since
 //! all of it is sums and one recurrence.
 
@@ -27,7 +27,7 @@ use crate::coder::{
     BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed_each,
     peak_weight,
 };
-use crate::normalise::{Class, ClassSet, Normaliser, Piece};
+use crate::normalise::{Class, ClassSet, Normaliser, Part, Piece, Sourced};
 use crate::words::{Passage, Vocabulary, WordTally, WordTracker};
 use alloc::vec::Vec;
 use wide::{i16x8, i32x4, u16x8};
@@ -357,12 +357,58 @@ impl Scratch {
 /// Running score of one content unit.
 #[derive(Clone, Debug)]
 pub struct UnitScorer {
+    waiting: Waiting,
+    running: Running,
+}
+
+/// What is scored is scored here.
+#[derive(Clone, Debug)]
+struct Running {
     /// Puts markers in the place of volatile tokens.
     normaliser: Normaliser,
     gathered: Gathered,
     accounts: Accounts,
     /// The model's.
     identity: u64,
+}
+
+/// Text in small pieces, as JSON's escapes and the events of a stream leave it, which is scored together.
+#[derive(Clone, Debug)]
+struct Waiting {
+    text: [u8; WAITING_BYTES],
+    len: usize,
+    parts: [Part; WAITING_PARTS],
+    used: usize,
+}
+
+const WAITING_BYTES: usize = 512;
+const WAITING_PARTS: usize = 32;
+
+impl Waiting {
+    const EMPTY: Self =
+        Self { text: [0; WAITING_BYTES], len: 0, parts: [Part { at: 0, body: 0 }; WAITING_PARTS], used: 0 };
+
+    /// Whether there was room for it.
+    fn take(&mut self, text: &[u8], body: u64) -> bool {
+        let Some(room) = self.text.get_mut(self.len..self.len + text.len()) else { return false };
+        let last = self.used.checked_sub(1).and_then(|last| self.parts.get(last));
+        let goes_on = last.is_some_and(|last| last.body + (self.len as u64 - u64::from(last.at)) == body);
+        if !goes_on && !text.is_empty() {
+            let Some(part) = self.parts.get_mut(self.used) else { return false };
+            *part = Part { at: self.len as u16, body };
+            self.used += 1;
+        }
+        room.copy_from_slice(text);
+        self.len += text.len();
+        true
+    }
+
+    /// What waits; it waits no longer.
+    fn give(&mut self) -> Sourced<'_> {
+        let (len, used) = (core::mem::take(&mut self.len), core::mem::take(&mut self.used));
+        let (text, parts) = (self.text.get(..len), self.parts.get(..used));
+        Sourced::new(text.unwrap_or_default(), parts.unwrap_or_default())
+    }
 }
 
 /// Most places that a block is put together from.
@@ -483,6 +529,36 @@ struct Accounts {
 impl UnitScorer {
     /// Nothing scored yet.
     pub fn new(model: &UnitModel) -> Self {
+        Self { waiting: Waiting::EMPTY, running: Running::new(model) }
+    }
+
+    /// The scores of a unit that is here from its beginning to its end, at less cost than piece by piece.
+    pub fn whole(model: &UnitModel, text: &[u8], body_offset: u64, scratch: &mut Scratch) -> UnitScores {
+        let part = [Part { at: 0, body: body_offset }];
+        Running::new(model).end(model, Sourced::new(text, &part), scratch)
+    }
+
+    /// Takes the unit's next bytes. `body_offset` is where `text` stands in the message body; a stretch
+    /// without escapes advances one for one. What is short waits for more.
+    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, scratch: &mut Scratch) {
+        if self.waiting.take(text, body_offset) {
+            return;
+        }
+        self.running.push(model, self.waiting.give(), scratch);
+        if !self.waiting.take(text, body_offset) {
+            let part = [Part { at: 0, body: body_offset }];
+            self.running.push(model, Sourced::new(text, &part), scratch);
+        }
+    }
+
+    /// Ends the unit: the scores of what has been pushed. The scorer is then spent.
+    pub fn finish(&mut self, model: &UnitModel, scratch: &mut Scratch) -> UnitScores {
+        self.running.end(model, self.waiting.give(), scratch)
+    }
+}
+
+impl Running {
+    fn new(model: &UnitModel) -> Self {
         Self {
             normaliser: Normaliser::new(model.normalised),
             gathered: Gathered::EMPTY,
@@ -491,47 +567,32 @@ impl UnitScorer {
         }
     }
 
-    /// Scores the unit's next bytes. `body_offset` is where `text` stands in the message body; a stretch
-    /// without escapes advances one for one.
-    pub fn push(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, scratch: &mut Scratch) {
-        let known = self.pass_known(model, text, body_offset, false, scratch);
-        self.score(
-            model,
-            text.get(known..).unwrap_or_default(),
-            body_offset + known as u64,
-            &mut scratch.block,
-        );
+    /// Scores the unit's next bytes.
+    fn push(&mut self, model: &UnitModel, text: Sourced<'_>, scratch: &mut Scratch) {
+        let known = self.pass_known(model, text, false, scratch);
+        self.score(model, text.slice(known, text.text().len()), &mut scratch.block);
     }
 
-    /// The scores of what has been pushed.
-    pub fn finish(&mut self, model: &UnitModel, scratch: &mut Scratch) -> UnitScores {
-        self.finish_with(model, &[], 0, scratch)
-    }
-
-    /// Scores the unit's last bytes, and ends it: as [`Self::push`] and [`Self::finish`], at less cost for a
-    /// unit that comes in one piece. The scorer is then spent.
-    pub fn finish_with(
-        &mut self,
-        model: &UnitModel,
-        text: &[u8],
-        body_offset: u64,
-        scratch: &mut Scratch,
-    ) -> UnitScores {
-        let known = self.pass_known(model, text, body_offset, true, scratch);
-        let Self { normaliser, gathered, accounts, .. } = self;
-        let block = &mut scratch.block;
-        let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, block);
-        let ending = core::mem::replace(normaliser, Normaliser::new(model.normalised));
-        ending.finish_with(text.get(known..).unwrap_or_default(), body_offset + known as u64, emit);
-        accounts.flush(model, gathered, block, true);
-        accounts.end(model);
-        accounts.scores
+    /// Scores its last bytes.
+    fn end(&mut self, model: &UnitModel, text: Sourced<'_>, scratch: &mut Scratch) -> UnitScores {
+        let known = self.pass_known(model, text, true, scratch);
+        self.score_last(model, text.slice(known, text.text().len()), &mut scratch.block);
+        self.accounts.flush(model, &mut self.gathered, &mut scratch.block, true);
+        self.accounts.end(model);
+        self.accounts.scores
     }
 
     /// Normalises and scores.
-    fn score(&mut self, model: &UnitModel, text: &[u8], body_offset: u64, block: &mut Block) {
+    fn score(&mut self, model: &UnitModel, text: Sourced<'_>, block: &mut Block) {
         let Self { normaliser, gathered, accounts, .. } = self;
-        normaliser.push(text, body_offset, &mut |piece| accounts.gather(model, gathered, &piece, block));
+        normaliser.push_sourced(text, &mut |piece| accounts.gather(model, gathered, &piece, block));
+    }
+
+    /// As [`Self::score`] of what nothing follows.
+    fn score_last(&mut self, model: &UnitModel, text: Sourced<'_>, block: &mut Block) {
+        let Self { normaliser, gathered, accounts, .. } = self;
+        let ending = core::mem::replace(normaliser, Normaliser::new(model.normalised));
+        ending.finish_with_sourced(text, &mut |piece| accounts.gather(model, gathered, &piece, block));
     }
 
     /// Takes stretches from the front of `text` as long as some were scored before, and what stands between
@@ -539,12 +600,12 @@ impl UnitScorer {
     fn pass_known(
         &mut self,
         model: &UnitModel,
-        text: &[u8],
-        body_offset: u64,
+        source: Sourced<'_>,
         at_end: bool,
         scratch: &mut Scratch,
     ) -> usize {
         let Scratch { block, memo, .. } = scratch;
+        let text = source.text();
         if text.len() < WORTH_A_LOOK {
             return 0;
         }
@@ -584,8 +645,7 @@ impl UnitScorer {
 
             if done < start {
                 self.catch_up(memo, ahead.take(), text.get(..done).unwrap_or_default());
-                let between = text.get(done..start).unwrap_or_default();
-                self.score(model, between, body_offset + done as u64, block);
+                self.score(model, source.slice(done, start), block);
                 done = start;
                 detours += 1;
             }
@@ -593,20 +653,19 @@ impl UnitScorer {
                 continue;
             }
             let before = ahead.unwrap_or_else(|| memo.state_id(self.identity, &self.accounts.state));
-            let body_start = body_offset + start as u64;
             let holds = |also: &Also| {
                 also.path.is_none_or(|(path, _)| path == self.accounts.state.tracker().path())
                     && also.plain.is_none_or(|plain| plain == self.plain_before(model, ahead, text, start))
             };
             if let Some(known) = memo.find(before, &stretch, holds) {
                 self.accounts.pass(model, known);
-                self.normaliser.pass(stretch.text(), body_start);
+                self.normaliser.pass(stretch.text());
                 ahead = Some(known.after);
                 known_bytes += len;
             } else {
                 detours += 1;
                 self.catch_up(memo, ahead.take(), text.get(..start).unwrap_or_default());
-                ahead = self.learn(model, memo, before, &stretch, body_start, block);
+                ahead = self.learn(model, memo, before, &stretch, source.slice(start, at), block);
                 if ahead.is_none() {
                     memo.give_up(&stretch);
                 }
@@ -655,7 +714,7 @@ impl UnitScorer {
         memo: &mut Memo,
         before: StateId,
         stretch: &Stretch,
-        body_start: u64,
+        source: Sourced<'_>,
         block: &mut Block,
     ) -> Option<StateId> {
         let (text, last) = (stretch.text(), stretch.is_last());
@@ -665,12 +724,9 @@ impl UnitScorer {
         let path_before = self.accounts.state.tracker().path();
         self.accounts.state.tracker().watch_path();
         if last {
-            let Self { normaliser, gathered, accounts, .. } = self;
-            let emit = &mut |piece: Piece<'_>| accounts.gather(model, gathered, &piece, block);
-            core::mem::replace(normaliser, Normaliser::new(model.normalised))
-                .finish_with(text, body_start, emit);
+            self.score_last(model, source, block);
         } else {
-            self.score(model, text, body_start, block);
+            self.score(model, source, block);
         }
         if !self.normaliser.is_idle() || self.gathered.text() != text {
             return None;
@@ -1250,6 +1306,36 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn what_waits_for_more_is_scored_as_what_does_not(
+            texts in prop::collection::vec((repetitive(), prop::collection::vec((0usize..400, 0u64..3), 0..90)), 1..6),
+            order in prop::collection::vec(0usize..6, 1..20),
+        ) {
+            let models = MODELS.get_or_init(|| [model_of_parts(DEFAULT_NORMALISED, 2), model_of_parts(ClassSet::NONE, 9)]);
+            let (mut scratch, mut other_scratch) = (Scratch::default(), Scratch::default());
+            for i in order {
+                let (text, cuts) = &texts[i % texts.len()];
+                let mut cuts: Vec<(usize, u64)> = cuts.iter().map(|&(at, gap)| (at % (text.len() + 1), gap)).collect();
+                cuts.sort_unstable();
+                cuts.push((text.len(), 0));
+                for model in models {
+                    let (mut scorer, mut running) = (UnitScorer::new(model), Running::new(model));
+                    let (mut from, mut body) = (0, 100);
+                    for &(to, gap) in &cuts {
+                        let piece = &text[from..to];
+                        scorer.push(model, piece, body, &mut scratch);
+                        let part = [Part { at: 0, body }];
+                        running.push(model, Sourced::new(piece, &part), &mut other_scratch);
+                        (from, body) = (to, body + piece.len() as u64 + gap);
+                    }
+                    let separate = running.end(model, Sourced::new(b"", &[]), &mut other_scratch);
+                    prop_assert_eq!(scorer.finish(model, &mut scratch), separate);
+                }
+            }
+        }
+    }
+
     #[test]
     fn the_same_parameters_behind_others_and_under_other_models() {
         let known = model_of_parts(ClassSet::NONE, 9);
@@ -1373,6 +1459,6 @@ mod tests {
 
     #[test]
     fn a_running_score_is_small() {
-        assert!(size_of::<UnitScorer>() <= 3 << 10, "{}", size_of::<UnitScorer>());
+        assert!(size_of::<UnitScorer>() <= 4 << 10, "{}", size_of::<UnitScorer>());
     }
 }

@@ -31,10 +31,10 @@ pub fn holds(data: &[u8]) {
     let model = UnitModel { normalised: classes, coder, vocabulary: words.freeze(1 << 12), expected };
     let body_offset = 1 << 40;
     let mut scratch = Scratch::default();
-    let whole = UnitScorer::new(&model).finish_with(&model, unit, body_offset, &mut Scratch::default());
+    let whole = UnitScorer::whole(&model, unit, body_offset, &mut Scratch::default());
     for _ in 0..4 {
         // From the third time on what it holds is known.
-        let again = UnitScorer::new(&model).finish_with(&model, unit, body_offset, &mut scratch);
+        let again = UnitScorer::whole(&model, unit, body_offset, &mut scratch);
         assert_eq!(again, whole);
     }
     let mut split = UnitScorer::new(&model);

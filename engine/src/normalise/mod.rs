@@ -38,6 +38,7 @@ mod volatile;
 pub use class::{Class, ClassSet};
 pub use rewrite::{MARKER, Normaliser, OffsetMap, Piece, Redacted, Redactor, redact, redact_json_string};
 pub use scan::{Found, Scanner};
+pub(crate) use scan::{Part, Sourced};
 
 /// What is normalised unless configuration says otherwise: what has a shape so narrow that nothing can be
 /// hidden in it, and blobs of base64, which stay as dear as their bytes are (see

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::class::{Class, ClassSet};
-use super::scan::{Found, Scanner};
+use super::scan::{Found, Scanner, Sourced};
 
 /// A piece of rewritten text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,14 +51,25 @@ impl Normaliser {
         self.scanner.push(text, body_offset, &mut |found| mark(found, emit));
     }
 
+    /// As [`Self::push`] of each of its parts.
+    pub(crate) fn push_sourced(&mut self, text: Sourced<'_>, emit: &mut impl FnMut(Piece<'_>)) {
+        self.scanner.push_sourced(text, &mut |found| mark(found, emit));
+    }
+
+    /// As [`Self::finish_with`].
+    pub(crate) fn finish_with_sourced(self, text: Sourced<'_>, emit: &mut impl FnMut(Piece<'_>)) {
+        self.scanner.finish_with_sourced(text, &mut |found| mark(found, emit));
+    }
+
     /// Nothing is undecided, and what comes next does not depend on what came before.
     pub(crate) fn is_idle(&self) -> bool {
         self.scanner.is_idle()
     }
 
-    /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle.
-    pub(crate) fn pass(&mut self, text: &[u8], body_offset: u64) {
-        self.scanner.pass(text, body_offset);
+    /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle. What comes
+    /// next must say where it came from.
+    pub(crate) fn pass(&mut self, text: &[u8]) {
+        self.scanner.pass(text);
     }
 
     /// Takes the text's last bytes and ends it.

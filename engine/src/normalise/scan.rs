@@ -42,6 +42,53 @@ pub enum Found<'a> {
     },
 }
 
+/// Text, and where in the message body its parts came from. Within a part, positions advance one for one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sourced<'a> {
+    text: &'a [u8],
+    /// Of a longer text, of which this is a stretch from `from` on: the part that its first byte is in, and
+    /// those behind.
+    parts: &'a [Part],
+    from: usize,
+}
+
+/// Bytes from `at` on came from `body` on.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Part {
+    pub(crate) at: u16,
+    pub(crate) body: u64,
+}
+
+impl<'a> Sourced<'a> {
+    /// The first of the parts stands at 0, the others behind it in order.
+    pub(crate) fn new(text: &'a [u8], parts: &'a [Part]) -> Self {
+        Self { text, parts, from: 0 }
+    }
+
+    /// The bytes.
+    #[inline(always)]
+    pub(crate) fn text(self) -> &'a [u8] {
+        self.text
+    }
+
+    /// The bytes from `from` to `to`.
+    pub(crate) fn slice(self, from: usize, to: usize) -> Self {
+        let text = self.text.get(from..to).unwrap_or_default();
+        let from = self.from + from;
+        let behind = self.parts.partition_point(|part| usize::from(part.at) <= from);
+        Self { text, parts: self.parts.get(behind.saturating_sub(1)..).unwrap_or_default(), from }
+    }
+
+    /// Where the parts begin, in the text and in the body.
+    fn origins(self) -> impl Iterator<Item = (usize, u64)> + 'a {
+        let origin = move |part: &Part| match usize::from(part.at).checked_sub(self.from) {
+            Some(at) => (at, part.body),
+            None => (0, part.body + (self.from - usize::from(part.at)) as u64),
+        };
+        self.parts.iter().map(origin).take_while(move |&(at, _)| at < self.text.len())
+    }
+}
+
 /// From here on in the text, positions in the body advance one for one.
 #[derive(Clone, Copy, Debug)]
 struct Origin {
@@ -95,12 +142,13 @@ impl Scanner {
 
     /// Takes the text's next bytes, which stand at `body_offset` in the message body.
     pub fn push(&mut self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
-        if text.is_empty() {
-            return;
-        }
-        self.note_origin(body_offset);
-        self.received += text.len() as u64;
-        let mut rest = text;
+        self.push_sourced(Sourced::new(text, &[Part { at: 0, body: body_offset }]), found);
+    }
+
+    /// As [`Self::push`] of each of its parts.
+    pub(super) fn push_sourced(&mut self, text: Sourced<'_>, found: &mut impl FnMut(Found<'_>)) {
+        self.note(text);
+        let mut rest = text.text();
         // What was kept and enough of the new bytes to decide all of it.
         while !self.kept.is_empty() && !rest.is_empty() {
             let mut joined = core::mem::take(&mut self.kept);
@@ -134,9 +182,10 @@ impl Scanner {
             && NARROW.contains_all(self.classes)
     }
 
-    /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle.
-    pub(super) fn pass(&mut self, text: &[u8], body_offset: u64) {
-        self.note_origin(body_offset);
+    /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle. What comes
+    /// next must say where it came from.
+    pub(super) fn pass(&mut self, text: &[u8]) {
+        self.origins.clear();
         self.received += text.len() as u64;
         self.offset = self.received;
         self.left = left_of(self.left, text, text.len());
@@ -144,16 +193,18 @@ impl Scanner {
 
     /// Takes the text's last bytes and ends it: as [`Self::push`] and [`Self::finish`], but what comes in
     /// one piece is looked at once.
-    pub fn finish_with(mut self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
+    pub fn finish_with(self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
+        self.finish_with_sourced(Sourced::new(text, &[Part { at: 0, body: body_offset }]), found);
+    }
+
+    /// As [`Self::finish_with`].
+    pub(super) fn finish_with_sourced(mut self, text: Sourced<'_>, found: &mut impl FnMut(Found<'_>)) {
         if !self.kept.is_empty() {
-            self.push(text, body_offset, found);
+            self.push_sourced(text, found);
             return self.finish(found);
         }
-        if !text.is_empty() {
-            self.note_origin(body_offset);
-            self.received += text.len() as u64;
-        }
-        self.scan(text, true, found);
+        self.note(text);
+        self.scan(text.text(), true, found);
     }
 
     /// Says what was still undecided: the text has ended.
@@ -162,21 +213,27 @@ impl Scanner {
         self.scan(&kept, true, found);
     }
 
-    fn note_origin(&mut self, body: u64) {
-        let expected = self.origins.last().map(|last| last.body + (self.received - last.offset));
-        if expected == Some(body) {
-            return;
+    /// Text comes.
+    fn note(&mut self, text: Sourced<'_>) {
+        for (at, body) in text.origins() {
+            let offset = self.received + at as u64;
+            let expected = self.origins.last().map(|last| last.body + (offset - last.offset));
+            if expected == Some(body) {
+                continue;
+            }
+            if self.offset == offset {
+                // Nothing is undecided, so no earlier origin is needed.
+                self.origins.clear();
+            }
+            self.origins.push(Origin { offset, body });
         }
-        if self.offset == self.received {
-            // Nothing is undecided, so no earlier origin is needed.
-            self.origins.clear();
-        }
-        self.origins.push(Origin { offset: self.received, body });
+        self.received += text.text().len() as u64;
     }
 
     /// Where the byte at `offset` came from.
     fn body(&self, offset: u64) -> u64 {
-        let origin = self.origins.iter().rev().find(|origin| origin.offset <= offset);
+        let behind = self.origins.partition_point(|origin| origin.offset <= offset);
+        let origin = behind.checked_sub(1).and_then(|at| self.origins.get(at));
         origin.map_or(offset, |origin| origin.body + (offset - origin.offset))
     }
 
@@ -302,12 +359,14 @@ impl Scanner {
     /// Emits `text[from..to]`, split where its origin jumps.
     fn tell(&self, text: &[u8], from: usize, to: usize, found: &mut impl FnMut(Found<'_>)) {
         let (mut from, to) = (self.offset + from as u64, self.offset + to as u64);
+        let mut behind = self.origins.partition_point(|origin| origin.offset <= from);
         while from < to {
-            let next = self.origins.iter().map(|origin| origin.offset).find(|&offset| offset > from);
-            let until = next.unwrap_or(to).min(to);
+            let until = self.origins.get(behind).map_or(to, |next| next.offset.min(to));
             let piece = text.get((from - self.offset) as usize..(until - self.offset) as usize);
-            found(Found::Text { text: piece.unwrap_or_default(), offset: from, body_start: self.body(from) });
-            from = until;
+            let origin = behind.checked_sub(1).and_then(|at| self.origins.get(at));
+            let body_start = origin.map_or(from, |origin| origin.body + (from - origin.offset));
+            found(Found::Text { text: piece.unwrap_or_default(), offset: from, body_start });
+            (from, behind) = (until, behind + 1);
         }
     }
 }
