@@ -159,16 +159,14 @@ impl StreamTrainer {
     /// The models, no longer open to training.
     pub fn freeze(self) -> Models {
         let TrainingOptions { max_table_bytes, max_unit_bytes, normalised, .. } = self.options;
-        let mut units: Vec<(String, UnitModel)> = self
-            .kinds
-            .into_iter()
-            .map(|(name, counts, words)| {
-                let vocabulary = words.freeze(max_table_bytes / 3);
-                let coder = counts.freeze(max_table_bytes);
-                (name.to_owned(), UnitModel { normalised, coder, vocabulary, expected: Expected::default() })
-            })
-            .collect();
-        units.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        let mut units: Vec<(String, UnitModel)> = Vec::with_capacity(self.kinds.len());
+        for (name, counts, words) in self.kinds {
+            let vocabulary = words.freeze(max_table_bytes / 3);
+            let coder = counts.freeze(max_table_bytes);
+            let model = UnitModel { normalised, coder, vocabulary, expected: Expected::default() };
+            let at = units.partition_point(|(before, _)| before.as_str() < name);
+            units.insert(at, (name.to_owned(), model));
+        }
         Models { units, messages: self.messages, max_unit_bytes }
     }
 }

@@ -1,7 +1,6 @@
 //! Counts to a frozen model: which fields pay, which contexts are worth their room, and the automaton.
 
 use alloc::collections::BTreeMap;
-use alloc::collections::BTreeSet;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -45,7 +44,7 @@ struct Table {
 }
 
 impl Table {
-    fn new(counted: impl Iterator<Item = (Context, u16, u32)>) -> Self {
+    fn new(counted: &mut dyn Iterator<Item = (Context, u16, u32)>) -> Self {
         let (mut nodes, mut pairs): (Vec<Node>, Vec<Pair>) = (Vec::new(), Vec::new());
         for (context, symbol, count) in counted {
             if nodes.last().is_none_or(|node| node.context != context) {
@@ -137,9 +136,9 @@ impl Table {
     }
 
     /// The fields whose own contexts make the sample's units cheaper, each under the counts of all units
-    /// but itself. A field of free text is not among them: its plain contexts are longer, and have seen
-    /// more.
-    fn fields_that_pay<'a>(&mut self, sample: impl Iterator<Item = &'a Vec<u8>>) -> BTreeSet<u32> {
+    /// but itself, in rising order. A field of free text is not among them: its plain contexts are longer,
+    /// and have seen more.
+    fn fields_that_pay<'a>(&mut self, sample: impl Iterator<Item = &'a Vec<u8>>) -> Vec<u32> {
         // By field: bits/4096 without and with its own contexts.
         let mut spent: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
         let none = UNIFORM_BITS << 12;
@@ -234,13 +233,9 @@ pub(super) fn freeze<'a>(
     sample: impl Iterator<Item = &'a Vec<u8>>,
     max_table_bytes: usize,
 ) -> (ContextModel, Vec<KeptContext>) {
-    let paying = Table::new(counted.iter().copied()).fields_that_pay(sample);
-    let table = Table::new(
-        counted
-            .iter()
-            .copied()
-            .filter(|(context, _, _)| context.field().is_none_or(|field| paying.contains(&field))),
-    );
+    let paying = Table::new(&mut counted.iter().copied()).fields_that_pay(sample);
+    let pays = |context: &Context| context.field().is_none_or(|field| paying.binary_search(&field).is_ok());
+    let table = Table::new(&mut counted.iter().copied().filter(|(context, _, _)| pays(context)));
     let savings = table.savings();
     let mut least_bits = LEAST_SAVING_BITS;
     loop {
@@ -249,7 +244,7 @@ pub(super) fn freeze<'a>(
         let slots = kept.iter().filter(|kept| **kept).count() + table.nodes.len() / 8;
         let last = least_bits >= 1 << 40;
         if (slots <= MAX_SLOTS && slots * SLOT_BYTES <= max_table_bytes) || last {
-            let mut automaton = Automaton::new(kept_contexts(&table, &kept));
+            let mut automaton = Automaton::new(&table, &kept);
             let model = automaton.build(trained_bytes);
             if model.table_bytes() <= max_table_bytes || last {
                 return (model, automaton.states);
@@ -266,6 +261,8 @@ pub(super) struct KeptContext {
     /// Kept symbols with their counts.
     pairs: Vec<Pair>,
     base: u32,
+    /// Its node in the table; the root may have none.
+    node: Option<usize>,
 }
 
 impl KeptContext {
@@ -295,17 +292,19 @@ impl KeptContext {
 /// Root first, then busy contexts first: what is used together shall stand together.
 fn kept_contexts(table: &Table, kept: &[bool]) -> Vec<KeptContext> {
     let mut states: Vec<KeptContext> = Vec::new();
-    for node in &table.nodes {
+    for (node, number) in table.nodes.iter().zip(0..) {
         let range = node.first as usize..(node.first + node.len) as usize;
         let kept = kept.get(range).unwrap_or_default().iter();
         let pairs: Vec<Pair> =
             kept.zip(table.pairs_of(node)).filter(|(kept, _)| **kept).map(|(_, pair)| *pair).collect();
         if !pairs.is_empty() {
-            states.push(KeptContext { context: node.context, total: node.total, pairs, base: 0 });
+            let (context, total) = (node.context, node.total);
+            states.push(KeptContext { context, total, pairs, base: 0, node: Some(number) });
         }
     }
     if states.first().is_none_or(|first| first.context != Context::ROOT) {
-        states.push(KeptContext { context: Context::ROOT, total: 0, pairs: Vec::new(), base: 0 });
+        let pairs = Vec::new();
+        states.push(KeptContext { context: Context::ROOT, total: 0, pairs, base: 0, node: None });
     }
     states.sort_unstable_by(|a, b| {
         let is_root = |state: &KeptContext| state.context == Context::ROOT;
@@ -314,15 +313,16 @@ fn kept_contexts(table: &Table, kept: &[bool]) -> Vec<KeptContext> {
     states
 }
 
-struct Automaton {
+struct Automaton<'a> {
+    table: &'a Table,
     states: Vec<KeptContext>,
-    by_context: BTreeMap<Context, usize>,
+    /// By node: the base of its state, or [`NOWHERE`].
+    bases: Vec<u32>,
 }
 
-impl Automaton {
-    fn new(states: Vec<KeptContext>) -> Self {
-        let by_context = states.iter().zip(0..).map(|(state, at)| (state.context, at)).collect();
-        Self { states, by_context }
+impl<'a> Automaton<'a> {
+    fn new(table: &'a Table, kept: &[bool]) -> Self {
+        Self { table, states: kept_contexts(table, kept), bases: vec![NOWHERE; table.nodes.len()] }
     }
 
     fn build(&mut self, trained_bytes: u64) -> ContextModel {
@@ -380,12 +380,19 @@ impl Automaton {
             }
             end = end.max(base + Slot::ROW);
             state.base = base as u32;
+            if let Some(of_node) = state.node.and_then(|node| self.bases.get_mut(node)) {
+                *of_node = state.base;
+            }
         }
         vec![Slot::default(); end]
     }
 
     fn base(&self, context: Context) -> Option<u32> {
-        self.by_context.get(&context).and_then(|&at| self.states.get(at)).map(|state| state.base)
+        if context == Context::ROOT {
+            return self.states.first().map(|root| root.base);
+        }
+        let base = self.table.number(context).and_then(|node| self.bases.get(node));
+        base.copied().filter(|&base| base != NOWHERE)
     }
 
     /// The longest kept context that `context` ends with. Of a field without any, [`NOWHERE`].
@@ -418,20 +425,18 @@ impl Automaton {
 
     /// Fields with contexts of their own, by rising hash.
     fn fields(&self) -> Vec<FieldRoots> {
-        let mut fields: Vec<FieldRoots> = Vec::new();
-        for field in self.states.iter().filter_map(|state| state.context.field()) {
-            let roots = FieldRoots {
+        // As i64, which is sorted elsewhere too: the code of a sort takes 5 KiB of the filter.
+        let of_states = self.states.iter().filter_map(|state| state.context.field());
+        let mut fields: Vec<i64> = of_states.map(i64::from).collect();
+        fields.sort_unstable();
+        fields.dedup();
+        let roots =
+            fields.into_iter().filter_map(|field| u32::try_from(field).ok()).map(|field| FieldRoots {
                 field,
                 anchored: self.longest(Context::anchored(field, 0, 0)),
                 inside: self.longest(Context::in_field(field, 0, 0)),
-            };
-            if roots.anchored != NOWHERE {
-                fields.push(roots);
-            }
-        }
-        fields.sort_unstable_by_key(|roots| roots.field);
-        fields.dedup_by_key(|roots| roots.field);
-        fields
+            });
+        roots.filter(|roots| roots.anchored != NOWHERE).collect()
     }
 }
 
