@@ -155,7 +155,7 @@ fn main() {
         ("default".to_owned(), DEFAULT_NORMALISED),
         ("default without email".to_owned(), DEFAULT_NORMALISED.without(Class::Email)),
         ("default and digits".to_owned(), DEFAULT_NORMALISED.with(Class::Digits)),
-        ("default and base64".to_owned(), DEFAULT_NORMALISED.with(Class::Base64)),
+        ("default without base64".to_owned(), DEFAULT_NORMALISED.without(Class::Base64)),
         ("volatile".to_owned(), ClassSet::VOLATILE),
         ("secrets".to_owned(), ClassSet::SECRETS),
         ("personal".to_owned(), ClassSet::PERSONAL),
