@@ -1,15 +1,15 @@
 //! How fast text is normalised and redacted: `cargo run --release -p driftlock-engine --example
 //! normalise_speed [CAPTURE]`.
 //!
-//! Without a capture (JSON Lines, gzip) it makes its own text: prose, JSON of an API, and one that is all
-//! tokens. One thread.
+//! Without a capture (JSON Lines, gzip) it makes its own text: prose, JSON of an API, one that is all
+//! tokens, and some that look like the beginning of one at every word. One thread.
 #![allow(clippy::unwrap_used, reason = "an example says what is wrong by stopping")]
 
 use std::hint::black_box;
 use std::io::Read;
 use std::time::Instant;
 
-use driftlock_engine::normalise::{ClassSet, Normaliser, Piece, Redactor};
+use driftlock_engine::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser, Piece, Redactor};
 
 const PROSE: &str = "The quick answer is that a baseline, once frozen, does not change: what was normal stays \
     normal. You can ask for a new one at any time, and it's well-known that most teams do so weekly. ";
@@ -22,12 +22,19 @@ const JSON: &str = r#"{"id": "chatcmpl-9aXbC3dEfGhIjKlMnOpQ", "object": "chat.co
 const TOKENS: &str =
     "550e8400-e29b-41d4-a716-446655440000 2026-11-23T01:27:22Z 10.0.0.1 jane@example.com 4111111111111111 ";
 
+/// Who wants to be slow to read writes like this.
+const HOSTILE: [(&str, &str); 4] = [
+    ("a/b/c/", "a/b/c/d-e_f+"),
+    ("Abcde1/", "Abcde1/Fghij2-Klmno3_"),
+    ("a@b.", "a.b@c.d-e.f_"),
+    ("12-ab-", "12-ab-2026-1f-"),
+];
+
 fn texts() -> Vec<(String, Vec<u8>)> {
     let Some(path) = std::env::args().nth(1) else {
         let repeat = |text: &str| text.repeat((4 << 20) / text.len()).into_bytes();
-        return [("prose", PROSE), ("JSON", JSON), ("tokens", TOKENS)]
-            .map(|(n, t)| (n.to_owned(), repeat(t)))
-            .into();
+        let texts = [("prose", PROSE), ("JSON", JSON), ("tokens", TOKENS)];
+        return texts.into_iter().chain(HOSTILE).map(|(n, t)| (n.to_owned(), repeat(t))).collect();
     };
     let mut capture = String::new();
     flate2::read::MultiGzDecoder::new(std::fs::File::open(&path).unwrap())
@@ -83,6 +90,7 @@ fn main() {
         });
         println!("{name}, {:.1} MB", text.len() as f64 / 1e6);
         for (what, (speed, share)) in [
+            ("normalise, default", normalise(DEFAULT_NORMALISED)),
             ("normalise, volatile", normalise(ClassSet::VOLATILE)),
             ("normalise, all", normalise(ClassSet::ALL)),
             ("redact, 16 KiB chunks", redact),

@@ -13,7 +13,12 @@
 //!
 //! Left out on purpose: other classes; what they can start with is too much for it to pay.
 
+use core::cell::Cell;
+
+use wide::u8x16;
+
 use super::class::{Class, ClassSet};
+use super::personal::MAX_LOCAL;
 use super::scan::escape;
 use super::volatile::{MAX_PREFIX, MIN_COMPACT_TIME, Mix, PREFIX_WORDS};
 use crate::bitmap::{Block64, below, digits, equal, letters};
@@ -64,8 +69,7 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
         let mut words = is_word;
         let percents = block.bits(|bytes| equal(bytes, b'%'));
         let ats = block.bits(|bytes| equal(bytes, b'@'));
-        let local_signs = block
-            .bits(|bytes| equal(bytes, b'.') | equal(bytes, b'+') | equal(bytes, b'-') | equal(bytes, b'_'));
+        let local_signs = block.bits(local_sign);
         let slashes = block.bits(|bytes| equal(bytes, b'/'));
         let mut escapes = percents | block.bits(|bytes| equal(bytes, b'\\'));
         // Bit i is set if an escape ends before byte i.
@@ -108,8 +112,9 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
             let mut ask = starts & runs_of_32(chain);
             while ask != 0 {
                 let at = ask.trailing_zeros() as usize;
-                ask &= ask - 1;
                 blobs |= u64::from(Mix::new(&block, chain, at).may_be_random()) << at;
+                // What begins further on in the same run has less of everything.
+                ask &= !below(at + (!(chain >> at)).trailing_zeros() as usize);
             }
             if may_go_on && ends_with(chain) {
                 let mut open = starts & !below(last_run(chain));
@@ -125,7 +130,7 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
                 }
             }
         }
-        let local = words | local_signs;
+        let (local, local_behind) = (words | local_signs, Cell::new(None));
         if cut {
             words &= below(cut_at);
         }
@@ -143,7 +148,8 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
             look &= look - 1;
             let end = start + (!(words >> start)).trailing_zeros() as usize;
             let all_digits = (!(is_digit >> start)).trailing_zeros() as usize >= end - start;
-            let word = Word { start, end, all_digits, local, len, open: !(text_ends && at_end) };
+            let open = !(text_ends && at_end);
+            let word = Word { start, end, all_digits, local, local_behind: &local_behind, len, open };
             if blobs >> start & 1 == 1 || word.may_start_token(rest) {
                 return stop(Why::Word, start, boundaries >> start & 1 == 1);
             }
@@ -168,33 +174,42 @@ fn runs_of_32(bits: u64) -> u64 {
 }
 
 /// A whole word in a block.
-struct Word {
+struct Word<'a> {
     start: usize,
     end: usize,
     all_digits: bool,
     /// What a mail address may have before its `@`.
     local: u64,
+    /// How many of that follow behind the block, once somebody asked.
+    local_behind: &'a Cell<Option<u32>>,
     /// Of the block.
     len: usize,
     /// More text may come behind the block.
     open: bool,
 }
 
-impl Word {
+impl Word<'_> {
     #[inline(always)]
     fn may_start_token(&self, text: &[u8]) -> bool {
         let len = self.end - self.start;
         let byte = |at: usize| text.get(at).copied().unwrap_or(0);
         let (first, after) = (byte(self.start), byte(self.end));
+        // A byte further on that has to be this one.
+        let may_be = |at: usize, wanted: u8| text.get(at).map_or(self.open, |&byte| byte == wanted);
         if first.is_ascii_digit() {
             let epoch = self.all_digits && matches!(len, 10 | 13);
-            let date = len == 2 && after == b' ' || len == 4 && after == b'-';
-            if epoch || date || len >= MIN_COMPACT_TIME {
+            let date = match len {
+                2 => matches!(after, b' ' | b'-') && may_be(self.end + 4, after),
+                4 => after == b'-' && may_be(self.end + 3, b'-'),
+                _ => len >= MIN_COMPACT_TIME,
+            };
+            if epoch || date {
                 return true;
             }
         }
         match after {
-            b'-' if matches!(len, 2 | 8) => return true,
+            b'-' if len == 2 && may_be(self.end + 33, b'-') => return true,
+            b'-' if len == 8 && may_be(self.end + 5, b'-') => return true,
             b'-' | b'_' => {
                 if first.is_ascii_lowercase() && len <= MAX_PREFIX && is_prefix(text, self.start, len) {
                     return true;
@@ -203,17 +218,41 @@ impl Word {
             b'@' | b'.' | b'+' | b'%' => {}
             _ => return false,
         }
-        let local_end =
-            self.end + (!(self.local.checked_shr(self.end as u32).unwrap_or(0))).trailing_zeros() as usize;
-        if local_end >= self.len {
-            return self.open;
-        }
-        match byte(local_end) {
-            b'@' => true,
-            b'%' => text.get(local_end + 1..local_end + 3).map_or(self.open, |hex| hex == b"40"),
-            _ => false,
+        let local_end = self.local_end(text);
+        let short = local_end - self.start <= MAX_LOCAL;
+        match text.get(local_end) {
+            None => self.open,
+            Some(b'@') => short,
+            Some(b'%') => {
+                short && text.get(local_end + 1..local_end + 3).map_or(self.open, |hex| hex == b"40")
+            }
+            Some(_) => false,
         }
     }
+
+    /// Where what may be the front of a mail address ends. One that began in this block and goes on beyond
+    /// the next is too long, wherever it ends.
+    fn local_end(&self, text: &[u8]) -> usize {
+        let end =
+            self.end + (!(self.local.checked_shr(self.end as u32).unwrap_or(0))).trailing_zeros() as usize;
+        match text.get(64..) {
+            Some(behind) if end == 64 && self.len == 64 => {
+                let run = self.local_behind.get().unwrap_or_else(|| {
+                    let block = Block64::new(behind);
+                    (!block.bits(|bytes| letters(bytes) | digits(bytes) | local_sign(bytes))).trailing_zeros()
+                });
+                self.local_behind.set(Some(run));
+                end + run as usize
+            }
+            _ => end,
+        }
+    }
+}
+
+/// What else than letters and digits a mail address may have before its `@`.
+#[inline(always)]
+fn local_sign(bytes: u8x16) -> u8x16 {
+    equal(bytes, b'.') | equal(bytes, b'+') | equal(bytes, b'-') | equal(bytes, b'_')
 }
 
 /// Whether the word is a known prefix of identifiers. A sign stands behind it.

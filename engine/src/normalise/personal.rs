@@ -8,7 +8,7 @@ use super::token::{Shape, Tail, Word};
 type Found = Option<Shape>;
 
 /// Longest local part (RFC 5321, section 4.5.3.1.1).
-const MAX_LOCAL: usize = 64;
+pub(super) const MAX_LOCAL: usize = 64;
 /// Longest domain that is looked at; real ones are far shorter than the 255 allowed.
 const MAX_DOMAIN: usize = 128;
 
@@ -17,9 +17,10 @@ pub(super) fn email(word: &Word<'_>) -> Found {
     if !matches!(word.after, b'@' | b'.' | b'_' | b'+' | b'-' | b'%') {
         return None;
     }
-    let mut local = word.run(0, ATOM);
+    // Beyond the longest there is no need to know: a chain of words asks for each of them.
+    let mut local = word.run_within(0, ATOM, MAX_LOCAL + 1);
     while word.byte(local) == b'.' && is(word.byte(local + 1), ATOM) && local <= MAX_LOCAL {
-        local = word.run(local + 1, ATOM);
+        local = word.run_within(local + 1, ATOM, MAX_LOCAL + 1);
     }
     let from = match word.byte(local) {
         b'@' => local + 1,

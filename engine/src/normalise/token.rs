@@ -169,6 +169,16 @@ impl Word<'_> {
         end
     }
 
+    /// As [`Self::run`], but for at most `most` bytes.
+    pub(super) fn run_within(&self, from: usize, kinds: u16, most: usize) -> usize {
+        let reach = self.window.get(..from + most).unwrap_or(self.window);
+        let end = run(reach, from, kinds);
+        if end >= self.window.len() {
+            self.behind();
+        }
+        end
+    }
+
     /// What stands behind the window: nothing that is known.
     #[cold]
     fn behind(&self) -> u8 {
