@@ -203,6 +203,38 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 }
 
 #[test]
+fn what_is_no_file_is_written_into_and_stays_what_it_is() {
+    use std::os::unix::fs::FileTypeExt as _;
+    let ground = ground(200);
+    let whole = ground.path("whole.jsonl");
+    assert!(ground.command(&whole, false, &[]).status().unwrap().success());
+    let expected = fs::read(&whole).unwrap();
+
+    let pipe = ground.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let manifest = pipe.to_str().unwrap();
+    let mut child = ground.command(&pipe, false, &[]).spawn().unwrap();
+    assert!(fs::read(&pipe).unwrap() == expected);
+    assert!(child.wait().unwrap().success());
+    assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
+    assert!(!ground.path("pipe.manifest.json").exists() && !ground.path("pipe.partial").exists());
+    // A manifest too.
+    let mut child = ground.command(Path::new("-"), false, &["--manifest", manifest]).spawn().unwrap();
+    assert!(fs::read(&pipe).unwrap().starts_with(b"{"));
+    assert!(child.wait().unwrap().success());
+    assert!(!ground.command(&pipe, false, &["--resume"]).status().unwrap().success());
+    assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
+
+    let (link, target) = (ground.path("link.jsonl"), ground.path("target.jsonl"));
+    fs::write(&target, "").unwrap();
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    assert!(ground.command(&link, false, &[]).status().unwrap().success());
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink() && fs::read(&target).unwrap() == expected);
+    let folder = ground.command(ground.folder.path(), false, &[]).status().unwrap();
+    assert!(!folder.success());
+}
+
+#[test]
 fn lines_of_another_run_are_not_taken_up() {
     let ground = ground(400);
     let out = ground.path("v.jsonl");

@@ -146,10 +146,28 @@ impl Args {
         }
     }
 
-    /// The file for the verdicts, if they go into one.
-    fn out_file(&self) -> Option<&Path> {
-        (!self.digest && self.out != Path::new("-")).then_some(&*self.out)
+    /// Where the verdicts go.
+    fn verdicts_to(&self) -> Result<Out, ReplayError> {
+        if self.digest || self.out == Path::new("-") {
+            return Ok(Out::Stdout);
+        }
+        match std::fs::metadata(&self.out) {
+            Ok(there) if there.is_dir() => Err(ReplayError::Write(io::ErrorKind::IsADirectory.into())),
+            Ok(there) if !there.is_file() => Ok(Out::Device),
+            // Behind a link, not in its place.
+            Ok(_) => Ok(Out::File(std::fs::canonicalize(&self.out).map_err(ReplayError::Write)?)),
+            Err(_) => Ok(Out::File(self.out.clone())),
+        }
     }
+}
+
+/// Where verdicts go.
+enum Out {
+    Stdout,
+    /// A file that is there when it is whole, and can be gone on with.
+    File(PathBuf),
+    /// A device or a pipe: it is written into, since a file moved to its name would take its place.
+    Device,
 }
 
 /// Why a replay failed.
@@ -759,8 +777,11 @@ fn replay_into(args: &Args, out: &Path, manifest_path: &Path) -> Result<Manifest
     Ok(manifest)
 }
 
-/// Writes a file that is there whole or not at all.
+/// Writes a file that is there whole or not at all; what is no file is written into.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), ReplayError> {
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return std::fs::write(path, bytes).map_err(ReplayError::Write);
+    }
     let half = path.with_added_extension("new");
     std::fs::write(&half, bytes).and_then(|()| std::fs::rename(&half, path)).map_err(ReplayError::Write)
 }
@@ -771,20 +792,22 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), ReplayError> {
 /// [`ReplayError`].
 pub fn run(args: &Args) -> Result<(), ReplayError> {
     let started = Instant::now();
-    let manifest = match args.out_file() {
-        Some(out) => {
-            let manifest_path = args.manifest.clone().unwrap_or_else(|| manifest::path_beside(out));
-            replay_into(args, out, &manifest_path)?
+    let manifest = match args.verdicts_to()? {
+        Out::File(out) => {
+            let manifest_path = args.manifest.clone().unwrap_or_else(|| manifest::path_beside(&args.out));
+            replay_into(args, &out, &manifest_path)?
         }
-        None if args.resume => return Err(ReplayError::ResumeWithoutFile),
-        None => {
+        Out::Stdout | Out::Device if args.resume => return Err(ReplayError::ResumeWithoutFile),
+        out => {
             let plan = Plan::new(args)?;
-            let manifest = match args.digest {
-                true => execute(&plan, &mut Lines::new(io::sink()), &Done::default(), None)?,
-                false => {
-                    execute(&plan, &mut Lines::new(BufWriter::new(io::stdout())), &Done::default(), None)?
+            let write: Box<dyn Write + Send> = match out {
+                _ if args.digest => Box::new(io::sink()),
+                Out::Device => {
+                    Box::new(File::options().write(true).open(&args.out).map_err(ReplayError::Write)?)
                 }
+                _ => Box::new(io::stdout()),
             };
+            let manifest = execute(&plan, &mut Lines::new(BufWriter::new(write)), &Done::default(), None)?;
             if let Some(path) = &args.manifest {
                 write_whole(path, manifest.to_json().as_bytes())?;
             }
