@@ -13,7 +13,8 @@
 //! state before it. A newer stretch replaces an older one in its place; when the states are full, all of
 //! it starts anew.
 //!
-//! Cost: some 350 instructions a stretch that is known, 200 for one that never came, and a detour for what
+//! Cost: some 200 instructions a stretch that is known and follows what it followed before, 350 for one that
+//! follows another, 200 for one that never came, and a detour for what
 //! stands between known ones, as blocks of a few bytes are dear. So a model's texts are left alone for a
 //! megabyte once the detours cost more than the look-ups saved. At most 600 KiB for whoever scores,
 //! allocated as text comes again.
@@ -116,6 +117,8 @@ pub(super) struct Memo {
     /// Upper hash bits of what came once.
     marks: Vec<u16>,
     stretches: Vec<Option<Box<Known>>>,
+    /// By the place of a stretch: that of the one which followed it last. It may have moved since.
+    next: Vec<u16>,
     states: Vec<(u64, State)>,
     /// Open addressing: a state's number + 1; 0 is free.
     index: Vec<u16>,
@@ -212,6 +215,13 @@ impl Stretch {
         self.last
     }
 
+    /// Whether `text` begins with it; `at_end` says that nothing follows that.
+    #[inline(always)]
+    pub(super) fn begins(&self, text: &[u8], at_end: bool) -> bool {
+        let len = usize::from(self.len);
+        text.get(..len) == Some(self.text()) && (!self.last || at_end && text.len() == len)
+    }
+
     #[inline(always)]
     fn mark(&self) -> u16 {
         // Never 0, and never another's complement.
@@ -287,6 +297,7 @@ impl Memo {
             self.states.clear();
             self.index.clear();
             self.stretches.clear();
+            self.next.clear();
             self.epoch += 1;
         }
         if self.index.is_empty() {
@@ -317,33 +328,52 @@ impl Memo {
         self.states.get(usize::from(id.0)).map(|(_, state)| state)
     }
 
-    /// What this stretch came to in this state; `holds` tells whether what else that depends on is so.
+    /// The place of what this stretch came to in this state; `holds` tells whether what else that depends on
+    /// is so.
     #[inline(always)]
     pub(super) fn find(
         &self,
         before: StateId,
         stretch: &Stretch,
         mut holds: impl FnMut(&Also) -> bool,
-    ) -> Option<&Known> {
+    ) -> Option<(usize, &Known)> {
         let place = stretch.place(before);
         (0..WAYS).find_map(|way| {
             let known = self.stretches.get(place ^ way)?.as_deref()?;
-            (known.before == before && known.stretch == *stretch && holds(&known.also)).then_some(known)
+            let found = known.before == before && known.stretch == *stretch && holds(&known.also);
+            found.then_some((place ^ way, known))
         })
+    }
+
+    /// What followed last behind the stretch of this place.
+    #[inline(always)]
+    pub(super) fn next(&self, place: usize) -> Option<(usize, &Known)> {
+        let next = usize::from(*self.next.get(place)?);
+        Some((next, self.stretches.get(next)?.as_deref()?))
+    }
+
+    /// Behind the stretch of this place another follows.
+    pub(super) fn follow(&mut self, place: usize, next: usize) {
+        if let Some(of_place) = self.next.get_mut(place) {
+            *of_place = next as u16;
+        }
     }
 
     /// Keeps what a stretch came to in this state; of those in its places the oldest is forgotten.
     pub(super) fn keep(&mut self, known: Known) {
         if self.stretches.is_empty() {
             self.stretches = vec![None; STRETCHES];
+            self.next = vec![0; STRETCHES];
         }
         let place = known.stretch.place(known.before);
-        let mut moved = Some(Box::new(known));
+        let (mut moved, mut next) = (Some(Box::new(known)), 0);
         for way in 0..WAYS {
-            if let Some(slot) = self.stretches.get_mut(place ^ way)
+            if let (Some(slot), Some(of_slot)) =
+                (self.stretches.get_mut(place ^ way), self.next.get_mut(place ^ way))
                 && moved.is_some()
             {
                 core::mem::swap(slot, &mut moved);
+                core::mem::swap(of_slot, &mut next);
             }
         }
     }
