@@ -174,9 +174,7 @@ impl StreamTrainer {
 /// The text as it is scored.
 pub(crate) fn normalise(text: &[u8], classes: ClassSet) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
-    let mut normaliser = Normaliser::new(classes);
-    normaliser.push(text, 0, &mut |piece| out.extend_from_slice(piece.text));
-    normaliser.finish(&mut |piece| out.extend_from_slice(piece.text));
+    Normaliser::new(classes).finish_with(text, 0, &mut |piece| out.extend_from_slice(piece.text));
     out
 }
 

@@ -56,11 +56,9 @@ impl Block64 {
     /// The places where both have the same byte.
     #[inline(always)]
     pub(crate) fn same(&self, other: &Self) -> u64 {
-        let [a, b, c, d] = core::array::from_fn(|i| match (self.0.get(i), other.0.get(i)) {
-            (Some(mine), Some(theirs)) => u64::from(mine.simd_eq(*theirs).to_bitmask() & 0xffff),
-            _ => 0,
-        });
-        a | b << 16 | c << 32 | d << 48
+        let mut lanes = self.0;
+        lanes.iter_mut().zip(&other.0).for_each(|(mine, theirs)| *mine = mine.simd_eq(*theirs));
+        Self(lanes).bits(|same| same)
     }
 
     /// The bytes of which `test` holds: of sixteen bytes it makes sixteen flags, 0 or 255.

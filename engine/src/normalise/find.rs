@@ -20,7 +20,7 @@ use wide::u8x16;
 use super::class::{Class, ClassSet};
 use super::personal::MAX_LOCAL;
 use super::scan::escape;
-use super::volatile::{MAX_PREFIX, MIN_COMPACT_TIME, Mix, PREFIX_WORDS};
+use super::volatile::{MAX_PREFIX, MIN_BASE64, MIN_COMPACT_TIME, Mix, PREFIX_WORDS};
 use crate::bitmap::{Block64, below, digits, equal, letters};
 
 /// What this can find.
@@ -54,8 +54,15 @@ pub(super) struct Stop {
     pub(super) behind_escape: bool,
 }
 
-/// Looks from `from` on, which is not inside a word; `behind_escape` tells what stands before it.
-pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end: bool) -> Stop {
+/// Looks from `from` on, which is not inside a word; `behind_escape` tells what stands before it, and `blobs_wanted`
+/// whether anybody wants to know of base64.
+pub(super) fn next(
+    text: &[u8],
+    mut from: usize,
+    mut behind_escape: bool,
+    at_end: bool,
+    blobs_wanted: bool,
+) -> Stop {
     loop {
         let rest = text.get(from..).unwrap_or_default();
         let stop = |why, at, behind_escape| Stop { why, at: from + at, behind_escape };
@@ -106,7 +113,7 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
         let chain = is_word | local_signs | slashes;
         let cut_chain = may_go_on && ends_with(chain) && last_run(chain) < cut_at;
         let mut blobs = 0;
-        if runs_of_32(chain) != 0 || cut_chain {
+        if blobs_wanted && (runs_of_32(chain) != 0 || cut_chain) {
             let chain = chain & !block.bits(|bytes| equal(bytes, b'.'));
             let starts = words & !(words << 1);
             let mut ask = starts & runs_of_32(chain);
@@ -168,8 +175,9 @@ pub(super) fn next(text: &[u8], mut from: usize, mut behind_escape: bool, at_end
     }
 }
 
-/// Where 32 set bits in a row begin.
+/// Where 32 set bits in a row begin, as many as a blob has at least.
 fn runs_of_32(bits: u64) -> u64 {
+    const { assert!(MIN_BASE64 == 32) };
     [1, 2, 4, 8, 16].into_iter().fold(bits, |runs, by| runs & runs >> by)
 }
 

@@ -330,7 +330,7 @@ impl Scanner {
     /// Where the next token may start, from `at` on.
     fn next(&self, text: &[u8], mut at: usize, mut behind_escape: bool, at_end: bool) -> Stop {
         if NARROW.contains_all(self.classes) {
-            return find::next(text, at, behind_escape, at_end);
+            return find::next(text, at, behind_escape, at_end, self.classes.contains(Class::Base64));
         }
         loop {
             let (why, start) = match automaton::next_stop(text, at) {

@@ -162,11 +162,7 @@ impl Word<'_> {
 
     /// Where the run of `kinds` from `from` ends.
     pub(super) fn run(&self, from: usize, kinds: u16) -> usize {
-        let end = run(self.window, from, kinds);
-        if end >= self.window.len() {
-            self.behind();
-        }
-        end
+        self.run_within(from, kinds, WINDOW)
     }
 
     /// As [`Self::run`], but for at most `most` bytes.

@@ -11,7 +11,7 @@ const MIN_HEX: usize = 16;
 /// Fewest digits of a number that is called long.
 const MIN_DIGITS: usize = 6;
 /// Fewest characters of a base64 blob.
-const MIN_BASE64: usize = 32;
+pub(super) const MIN_BASE64: usize = 32;
 /// Fewest characters behind an identifier's prefix.
 const MIN_ID: usize = 12;
 /// The same for one without a digit.

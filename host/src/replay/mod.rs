@@ -148,7 +148,10 @@ impl Args {
 
     /// Where the verdicts go.
     fn verdicts_to(&self) -> Result<Out, ReplayError> {
-        if self.digest || self.out == Path::new("-") {
+        if self.digest {
+            return Ok(Out::Nowhere);
+        }
+        if self.out == Path::new("-") {
             return Ok(Out::Stdout);
         }
         match std::fs::metadata(&self.out) {
@@ -163,6 +166,8 @@ impl Args {
 
 /// Where verdicts go.
 enum Out {
+    /// Only their digest is wanted.
+    Nowhere,
     Stdout,
     /// A file that is there when it is whole, and can be gone on with.
     File(PathBuf),
@@ -797,15 +802,15 @@ pub fn run(args: &Args) -> Result<(), ReplayError> {
             let manifest_path = args.manifest.clone().unwrap_or_else(|| manifest::path_beside(&args.out));
             replay_into(args, &out, &manifest_path)?
         }
-        Out::Stdout | Out::Device if args.resume => return Err(ReplayError::ResumeWithoutFile),
+        _ if args.resume => return Err(ReplayError::ResumeWithoutFile),
         out => {
             let plan = Plan::new(args)?;
             let write: Box<dyn Write + Send> = match out {
-                _ if args.digest => Box::new(io::sink()),
-                Out::Device => {
+                Out::Nowhere => Box::new(io::sink()),
+                Out::Stdout => Box::new(io::stdout()),
+                Out::Device | Out::File(_) => {
                     Box::new(File::options().write(true).open(&args.out).map_err(ReplayError::Write)?)
                 }
-                _ => Box::new(io::stdout()),
             };
             let manifest = execute(&plan, &mut Lines::new(BufWriter::new(write)), &Done::default(), None)?;
             if let Some(path) = &args.manifest {
