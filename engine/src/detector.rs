@@ -178,6 +178,14 @@ enum Mode {
     Ignore,
 }
 
+impl Mode {
+    fn scoring(baseline: &Arc<StreamBaseline>) -> Self {
+        // Most messages have a target and a body.
+        let done = Finished { strangest: Vec::with_capacity(2), ..Finished::default() };
+        Self::Score { baseline: Arc::clone(baseline), open: Vec::new(), done }
+    }
+}
+
 #[derive(Debug)]
 struct OpenUnit {
     id: UnitId,
@@ -275,6 +283,9 @@ impl Detector {
 
     /// Begins a message on `stream`.
     pub fn begin(&mut self, stream: &str) -> Message {
+        if let Some(Stream::Frozen(baseline)) = self.streams.get(stream) {
+            return Message { stream: stream.to_owned(), mode: Mode::scoring(baseline), skipped_bytes: 0 };
+        }
         let full = self.streams.len() >= self.settings.max_streams && !self.streams.contains_key(stream);
         let key = if full { OVERFLOW_STREAM } else { stream };
         if !self.streams.contains_key(key) {
@@ -288,9 +299,7 @@ impl Detector {
             Some(Stream::Training { .. } | Stream::Tuning { .. }) => {
                 Mode::Learn { units: Vec::new(), bytes: 0 }
             }
-            Some(Stream::Calibrating { baseline, .. } | Stream::Frozen(baseline)) => {
-                Mode::Score { baseline: Arc::clone(baseline), open: Vec::new(), done: Finished::default() }
-            }
+            Some(Stream::Calibrating { baseline, .. } | Stream::Frozen(baseline)) => Mode::scoring(baseline),
             Some(Stream::Closed) | None => Mode::Ignore,
         };
         Message { stream: key.to_owned(), mode, skipped_bytes: 0 }
@@ -501,7 +510,7 @@ impl Message {
                     None => {
                         let kind = baseline.units().iter().position(|unit| unit.name == id.name);
                         let known = kind.and_then(|kind| baseline.units().get(kind));
-                        let scorer = known.map(|known| Box::new(UnitScorer::new(&known.model)));
+                        let scorer = known.map(|known| scratch.scorer(&known.model));
                         open.push(OpenUnit { id, kind, scorer, bytes: 0 });
                         open.len() - 1
                     }
@@ -562,7 +571,7 @@ impl Finished {
         let OpenUnit { id, kind, scorer, bytes } = unit;
         let known = kind.and_then(|kind| baseline.units().get(kind));
         let scores = match (known, scorer) {
-            (Some(known), Some(mut scorer)) if bytes > 0 => Some(scorer.finish(&known.model, scratch)),
+            (Some(known), Some(scorer)) if bytes > 0 => Some(scratch.finish(&known.model, scorer)),
             _ => None,
         };
         self.scored(id, kind, bytes, scores, baseline);

@@ -100,6 +100,11 @@ impl Verdict {
         json::write(self)
     }
 
+    /// Appends it to `out`.
+    pub fn append_json(&self, out: &mut Vec<u8>) {
+        json::append(self, out);
+    }
+
     /// The same without scores, metrics, spans and units: what is left of use of a normal message, at a fifth of
     /// the length.
     pub fn to_brief_json(&self) -> String {

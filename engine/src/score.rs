@@ -29,6 +29,7 @@ use crate::coder::{
 };
 use crate::normalise::{Class, ClassSet, Normaliser, Part, Piece, Sourced};
 use crate::words::{Passage, Vocabulary, WordTally, WordTracker};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use wide::{i16x8, i32x4, u16x8};
 
@@ -343,9 +344,38 @@ pub struct Scratch {
     block: Block,
     memo: Memo,
     known_bytes: u64,
+    /// Scorers of units that have ended: making one anew costs as much as scoring a short unit.
+    spare: Vec<Box<UnitScorer>>,
 }
 
+/// More scorers than this are given back to the allocator.
+const MAX_SPARE: usize = 8;
+
 impl Scratch {
+    /// A scorer with nothing scored yet.
+    pub(crate) fn scorer(&mut self, model: &UnitModel) -> Box<UnitScorer> {
+        match self.spare.pop() {
+            Some(mut scorer) => {
+                scorer.restart(model);
+                scorer
+            }
+            None => Box::new(UnitScorer::new(model)),
+        }
+    }
+
+    /// Ends a unit: the scores of what was pushed to its scorer.
+    pub(crate) fn finish(&mut self, model: &UnitModel, mut scorer: Box<UnitScorer>) -> UnitScores {
+        let scores = scorer.finish(model, self);
+        self.keep(scorer);
+        scores
+    }
+
+    fn keep(&mut self, scorer: Box<UnitScorer>) {
+        if self.spare.len() < MAX_SPARE {
+            self.spare.push(scorer);
+        }
+    }
+
     /// How many bytes were scored by looking up what they had come to before.
     pub fn known_bytes(&self) -> u64 {
         self.known_bytes
@@ -532,8 +562,16 @@ impl UnitScorer {
 
     /// The scores of a unit that is here from its beginning to its end, at less cost than piece by piece.
     pub fn whole(model: &UnitModel, text: &[u8], body_offset: u64, scratch: &mut Scratch) -> UnitScores {
+        let mut scorer = scratch.scorer(model);
         let part = [Part { at: 0, body: body_offset }];
-        Running::new(model).end(model, Sourced::new(text, &part), scratch)
+        let scores = scorer.running.end(model, Sourced::new(text, &part), scratch);
+        scratch.keep(scorer);
+        scores
+    }
+
+    fn restart(&mut self, model: &UnitModel) {
+        (self.waiting.len, self.waiting.used) = (0, 0);
+        self.running.restart(model);
     }
 
     /// Takes the unit's next bytes. `body_offset` is where `text` stands in the message body; a stretch
@@ -565,6 +603,13 @@ impl Running {
         }
     }
 
+    fn restart(&mut self, model: &UnitModel) {
+        self.normaliser.restart(model.normalised);
+        (self.gathered.len, self.gathered.used) = (0, 0);
+        self.accounts = Accounts::new(model);
+        self.identity = model.identity();
+    }
+
     /// Scores the unit's next bytes.
     fn push(&mut self, model: &UnitModel, text: Sourced<'_>, scratch: &mut Scratch) {
         let known = self.pass_known(model, text, false, scratch);
@@ -589,8 +634,8 @@ impl Running {
     /// As [`Self::score`] of what nothing follows.
     fn score_last(&mut self, model: &UnitModel, text: Sourced<'_>, block: &mut Block) {
         let Self { normaliser, gathered, accounts, .. } = self;
-        let ending = core::mem::replace(normaliser, Normaliser::new(model.normalised));
-        ending.finish_with_sourced(text, &mut |piece| accounts.gather(model, gathered, &piece, block));
+        normaliser.finish_with_sourced(text, &mut |piece| accounts.gather(model, gathered, &piece, block));
+        normaliser.restart(model.normalised);
     }
 
     /// Takes stretches from the front of `text` as long as some were scored before, and what stands between

@@ -19,26 +19,34 @@ const USUAL_BYTES: usize = 1024;
 /// What a brief one takes.
 const BRIEF_BYTES: usize = 320;
 
+/// Appends the JSON text of a verdict.
+pub(super) fn append(verdict: &Verdict, out: &mut Vec<u8>) {
+    out.reserve(USUAL_BYTES);
+    Text(out).verdict(verdict, true);
+}
+
 /// The JSON text of a verdict.
 pub(super) fn write(verdict: &Verdict) -> String {
-    written(verdict, USUAL_BYTES, true)
+    let mut out = Vec::new();
+    append(verdict, &mut out);
+    text_of(out)
 }
 
 /// The same without scores, metrics, spans and units.
 pub(super) fn write_brief(verdict: &Verdict) -> String {
-    written(verdict, BRIEF_BYTES, false)
+    let mut out = Vec::with_capacity(BRIEF_BYTES);
+    Text(&mut out).verdict(verdict, false);
+    text_of(out)
 }
 
-fn written(verdict: &Verdict, usual_bytes: usize, whole: bool) -> String {
-    let mut text = Text(Vec::with_capacity(usual_bytes));
-    text.verdict(verdict, whole);
-    // All that is written is ASCII or was a str.
-    String::from_utf8(text.0).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+/// All that is written is ASCII or was a str.
+fn text_of(out: Vec<u8>) -> String {
+    String::from_utf8(out).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
 
-struct Text(Vec<u8>);
+struct Text<'a>(&'a mut Vec<u8>);
 
-impl Text {
+impl Text<'_> {
     fn verdict(&mut self, verdict: &Verdict, whole: bool) {
         let Verdict { stream, unit, unit_index, outcome, reason, p_value, p_fraction, alpha, .. } = verdict;
         let Verdict { scores, metrics, spans, units, baseline, engine_version, .. } = verdict;
@@ -238,8 +246,12 @@ impl Text {
     }
 
     fn whole(&mut self, mut number: u64) {
-        if number < 10 {
-            return self.0.push(b'0' + number as u8);
+        let digit = |one: u64| b'0' + (number / one % 10) as u8;
+        match number {
+            0..10 => return self.0.push(digit(1)),
+            10..100 => return self.raw(&[digit(10), digit(1)]),
+            100..1000 => return self.raw(&[digit(100), digit(10), digit(1)]),
+            _ => {}
         }
         let mut digits = [0; 20];
         let mut len = 0;
@@ -265,16 +277,18 @@ impl Text {
         if !(1e-5..1e8).contains(&number) {
             return false;
         }
-        let thousandths = (number * 1e3 + 0.5) as u64;
+        // Signed, as that is what processors convert.
+        let thousandths = (number * 1e3 + 0.5) as i64;
         if thousandths as f64 / 1e3 == number {
-            self.whole(thousandths / 1000);
-            self.places([thousandths / 100 % 10, thousandths / 10 % 10, thousandths % 10]);
+            self.whole(thousandths as u64 / 1000);
+            let place = |one: u32| (thousandths as u64 % 1000) as u32 / one % 10;
+            self.places([place(100), place(10), place(1)]);
             return true;
         }
-        let millionths = (number * 1e6 + 0.5) as u64;
+        let millionths = (number * 1e6 + 0.5) as i64;
         if millionths as f64 / 1e6 == number {
-            self.whole(millionths / 1_000_000);
-            let place = |one: u64| millionths / one % 10;
+            self.whole(millionths as u64 / 1_000_000);
+            let place = |one: u32| (millionths as u64 % 1_000_000) as u32 / one % 10;
             self.places([place(100_000), place(10_000), place(1000), place(100), place(10), place(1)]);
             return true;
         }
@@ -282,10 +296,12 @@ impl Text {
     }
 
     /// The digits behind the point, without zeros at the end but the first.
-    fn places<const N: usize>(&mut self, digits: [u64; N]) {
-        let kept = digits.iter().rposition(|&digit| digit != 0).map_or(1, |last| last + 1);
+    fn places<const N: usize>(&mut self, digits: [u32; N]) {
+        let dropped = digits.iter().skip(1).rev().take_while(|&&digit| digit == 0).count();
         self.0.push(b'.');
-        digits.iter().take(kept).for_each(|&digit| self.0.push(b'0' + digit as u8));
+        // All of them and then fewer: a few moves.
+        self.raw(&digits.map(|digit| b'0' + digit as u8));
+        self.0.truncate(self.0.len() - dropped);
     }
 }
 

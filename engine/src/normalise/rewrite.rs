@@ -56,9 +56,14 @@ impl Normaliser {
         self.scanner.push_sourced(text, &mut |found| mark(found, emit));
     }
 
-    /// As [`Self::finish_with`].
-    pub(crate) fn finish_with_sourced(self, text: Sourced<'_>, emit: &mut impl FnMut(Piece<'_>)) {
+    /// As [`Self::finish_with`]; what comes next is another text, after [`Self::restart`].
+    pub(crate) fn finish_with_sourced(&mut self, text: Sourced<'_>, emit: &mut impl FnMut(Piece<'_>)) {
         self.scanner.finish_with_sourced(text, &mut |found| mark(found, emit));
+    }
+
+    /// As a new one for these classes, in the memory of this one.
+    pub(crate) fn restart(&mut self, classes: ClassSet) {
+        self.scanner.restart(classes);
     }
 
     /// Nothing is undecided, and what comes next does not depend on what came before.

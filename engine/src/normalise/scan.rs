@@ -193,15 +193,15 @@ impl Scanner {
 
     /// Takes the text's last bytes and ends it: as [`Self::push`] and [`Self::finish`], but what comes in
     /// one piece is looked at once.
-    pub fn finish_with(self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
+    pub fn finish_with(mut self, text: &[u8], body_offset: u64, found: &mut impl FnMut(Found<'_>)) {
         self.finish_with_sourced(Sourced::new(text, &[Part { at: 0, body: body_offset }]), found);
     }
 
-    /// As [`Self::finish_with`].
-    pub(super) fn finish_with_sourced(mut self, text: Sourced<'_>, found: &mut impl FnMut(Found<'_>)) {
+    /// As [`Self::finish_with`]; what comes next is another text, after [`Self::restart`].
+    pub(super) fn finish_with_sourced(&mut self, text: Sourced<'_>, found: &mut impl FnMut(Found<'_>)) {
         if !self.kept.is_empty() {
             self.push_sourced(text, found);
-            return self.finish(found);
+            return self.end(found);
         }
         self.note(text);
         self.scan(text.text(), true, found);
@@ -209,8 +209,20 @@ impl Scanner {
 
     /// Says what was still undecided: the text has ended.
     pub fn finish(mut self, found: &mut impl FnMut(Found<'_>)) {
+        self.end(found);
+    }
+
+    fn end(&mut self, found: &mut impl FnMut(Found<'_>)) {
         let kept = core::mem::take(&mut self.kept);
         self.scan(&kept, true, found);
+    }
+
+    /// As a new one for these classes, in the memory of this one.
+    pub(super) fn restart(&mut self, classes: ClassSet) {
+        let (mut kept, mut origins) = (core::mem::take(&mut self.kept), core::mem::take(&mut self.origins));
+        kept.clear();
+        origins.clear();
+        *self = Self { kept, origins, ..Self::new(classes) };
     }
 
     /// Text comes.

@@ -358,7 +358,15 @@ impl BodyParser {
     /// # Errors
     /// The reason why such bodies are not inspected.
     pub fn for_request(path: &[u8], content_type: Option<&[u8]>) -> Result<Self, NotInspected> {
-        match ApiStyle::of_path(path) {
+        Self::for_request_of(ApiStyle::of_path(path), content_type)
+    }
+
+    /// The same, once it is known of which API the path is.
+    pub(crate) fn for_request_of(
+        style: Option<ApiStyle>,
+        content_type: Option<&[u8]>,
+    ) -> Result<Self, NotInspected> {
+        match style {
             // Servers read JSON whatever the content-type claims.
             Some(style) if style != ApiStyle::GraphQl => {
                 let reader = Reader::whole(Schema { style, mode: Mode::Request }, false);

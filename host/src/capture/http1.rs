@@ -71,10 +71,18 @@ fn split(raw: &str) -> Result<(&str, Fields<'_>, &str), &'static str> {
     let start = lines.next().unwrap_or_default();
     let mut headers = Vec::with_capacity(16);
     for line in lines {
-        let (name, value) = line.split_once(':').ok_or("a header line has no colon")?;
-        headers.push((name.trim(), value.trim()));
+        let colon = line.bytes().position(|byte| byte == b':').ok_or("a header line has no colon")?;
+        let (name, value) = (&line[..colon], &line[colon + 1..]);
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        let name = if is_bare(name) { name } else { name.trim() };
+        headers.push((name, if is_bare(value) { value } else { value.trim() }));
     }
     Ok((start, headers, body))
+}
+
+/// Whether there is nothing to trim: nearly always, and trimming looks at characters, not at bytes.
+pub(crate) fn is_bare(text: &str) -> bool {
+    matches!(text.as_bytes(), [first, .., last] if first.is_ascii_graphic() && last.is_ascii_graphic())
 }
 
 /// Lines that end in CRLF; what `split("\\r\\n")` gives, several times faster.

@@ -39,6 +39,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use fingerprint::{Fingerprint, Fingerprinter};
+pub(crate) use http1::is_bare;
 pub use http1::{Fields, RequestRef, ResponseRef};
 pub use json_cut::CutError;
 pub use read::{Batch, Exchanges, Format, InputFile, Item, Reader, exchanges};

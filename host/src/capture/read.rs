@@ -371,6 +371,28 @@ impl Open {
     }
 }
 
+/// Appends a line, its end included, or [`MAX_RECORD_BYTES`] of it; how many bytes. As `read_until` with a faster
+/// search.
+fn read_line(source: &mut impl BufRead, out: &mut Vec<u8>) -> io::Result<u64> {
+    let mut read = 0;
+    loop {
+        let available = match source.fill_buf() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            available => available?,
+        };
+        let room = usize::try_from(MAX_RECORD_BYTES - read).unwrap_or(usize::MAX);
+        let available = &available[..available.len().min(room)];
+        let end = memchr::memchr(b'\n', available);
+        let taken = end.map_or(available.len(), |at| at + 1);
+        out.extend_from_slice(&available[..taken]);
+        source.consume(taken);
+        read += taken as u64;
+        if end.is_some() || taken == 0 {
+            return Ok(read);
+        }
+    }
+}
+
 impl Splitter {
     /// Appends the next recording's bytes; its place, or none at the end.
     fn next(&mut self, out: &mut Vec<u8>) -> Result<Option<Place>, (Place, CutError)> {
@@ -379,10 +401,9 @@ impl Splitter {
                 let start = out.len();
                 *line += 1;
                 let place = Place::Line(*line);
-                let read = lines.by_ref().take(MAX_RECORD_BYTES).read_until(b'\n', out);
-                match read.map_err(|source| (place, source.into()))? {
+                match read_line(lines, out).map_err(|source| (place, source.into()))? {
                     0 => return Ok(None),
-                    n if n as u64 == MAX_RECORD_BYTES => {
+                    MAX_RECORD_BYTES => {
                         return Err((place, CutError::Unexpected("a line is larger than 256 MiB")));
                     }
                     _ if out[start..].trim_ascii().is_empty() => out.truncate(start),

@@ -11,43 +11,80 @@
 use std::io::{self, Write};
 use std::sync::LazyLock;
 
+use driftlock_engine::evidence::{Outcome, Verdict};
+use driftlock_inspect::host::Direction;
 use memchr::memmem;
 
 use super::Verdicts;
 use crate::capture::Fingerprinter;
 
-/// What one exchange's messages were found to be: the verdicts' JSON, in buffers that are used again.
+/// What one exchange's messages were found to be, in buffers that are used again.
 #[derive(Debug, Default)]
 pub struct Found {
-    request: String,
-    response: String,
+    request: Message,
+    response: Message,
+}
+
+/// A verdict's JSON, empty where there is none, and what a run counts of it.
+#[derive(Debug, Default)]
+struct Message {
+    json: Vec<u8>,
+    outcome: Option<Outcome>,
+    /// It rests on a frozen baseline.
+    frozen: bool,
+}
+
+impl Message {
+    fn set(&mut self, verdict: &Verdict) {
+        self.json.clear();
+        verdict.append_json(&mut self.json);
+        self.outcome = Some(verdict.outcome);
+        self.frozen = verdict.baseline.is_some();
+    }
+
+    fn read(&mut self, json: &str) {
+        self.json.clear();
+        self.json.extend_from_slice(json.as_bytes());
+        self.outcome = outcome_of(&self.json);
+        self.frozen = FIND_BASELINE.rfind(&self.json).is_some();
+    }
+
+    fn into_json(self) -> Option<String> {
+        // Of what serde_json reads.
+        (!self.json.is_empty()).then(|| String::from_utf8_lossy(&self.json).into_owned())
+    }
 }
 
 impl Found {
     /// Forgets the last exchange.
     pub(super) fn clear(&mut self) {
-        self.request.clear();
-        self.response.clear();
+        self.request.json.clear();
+        self.response.json.clear();
     }
 
-    pub(super) fn set_request(&mut self, json: &str) {
-        self.request.clear();
-        self.request.push_str(json);
+    pub(super) fn set(&mut self, direction: Direction, verdict: &Verdict) {
+        self.side(direction).set(verdict);
     }
 
-    pub(super) fn set_response(&mut self, json: &str) {
-        self.response.clear();
-        self.response.push_str(json);
+    /// As the filter wrote it.
+    pub(super) fn read(&mut self, direction: Direction, json: &str) {
+        self.side(direction).read(json);
+    }
+
+    fn side(&mut self, direction: Direction) -> &mut Message {
+        match direction {
+            Direction::Request => &mut self.request,
+            Direction::Response => &mut self.response,
+        }
     }
 
     pub(super) fn into_verdicts(self) -> Verdicts {
-        let some = |json: String| (!json.is_empty()).then_some(json);
-        Verdicts { request: some(self.request), response: some(self.response), failure: None }
+        Verdicts { request: self.request.into_json(), response: self.response.into_json(), failure: None }
     }
 
     /// Whether every verdict rests on a frozen baseline, so that it does not depend on what came before.
     pub(super) fn order_free(&self) -> bool {
-        [&self.request, &self.response].iter().all(|json| json.is_empty() || has_baseline(json.as_bytes()))
+        [&self.request, &self.response].iter().all(|message| message.json.is_empty() || message.frozen)
     }
 }
 
@@ -61,13 +98,17 @@ static FIND_OUTCOME: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem
 static FIND_BASELINE: LazyLock<memmem::FinderRev<'static>> =
     LazyLock::new(|| memmem::FinderRev::new(BASELINE));
 
-fn has_baseline(json: &[u8]) -> bool {
-    // It is one of the last fields.
-    FIND_BASELINE.rfind(json).is_some()
-}
+/// In the order of [`Tally::outcomes`].
+const OUTCOMES: [Outcome; 4] =
+    [Outcome::Normal, Outcome::WarmingUp, Outcome::NotInspected, Outcome::Anomalous];
 
-/// The names of the outcomes, in the order of [`Tally::outcomes`].
-const OUTCOMES: [&str; 4] = ["normal", "warming_up", "not_inspected", "anomalous"];
+/// Of a verdict's JSON.
+fn outcome_of(json: &[u8]) -> Option<Outcome> {
+    let word = FIND_OUTCOME.find(json).and_then(|at| json.get(at + OUTCOME.len()..))?;
+    OUTCOMES.into_iter().find(|outcome| {
+        word.strip_prefix(outcome.as_str().as_bytes()).is_some_and(|rest| rest.starts_with(b"\""))
+    })
+}
 
 /// Counts over lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,11 +131,9 @@ impl Tally {
         self.outcomes.iter_mut().zip(other.outcomes).for_each(|(sum, more)| *sum += more);
     }
 
-    fn count_outcome(&mut self, json: &[u8]) {
-        let word = FIND_OUTCOME.find(json).and_then(|at| json.get(at + OUTCOME.len()..)).unwrap_or_default();
-        for (count, name) in self.outcomes.iter_mut().zip(OUTCOMES) {
-            *count +=
-                u64::from(word.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.starts_with(b"\"")));
+    fn count(&mut self, found: Option<Outcome>) {
+        for (count, outcome) in self.outcomes.iter_mut().zip(OUTCOMES) {
+            *count += u64::from(found == Some(outcome));
         }
     }
 
@@ -106,7 +145,7 @@ impl Tally {
         }
         self.exchanges += 1;
         let outcomes: Vec<usize> = memmem::find_iter(line, OUTCOME).collect();
-        outcomes.iter().for_each(|&at| self.count_outcome(&line[at..]));
+        outcomes.iter().for_each(|&at| self.count(outcome_of(&line[at..])));
         self.failures += u64::from(memmem::find(line, FAILURE).is_some());
         memmem::find_iter(line, BASELINE).count() == outcomes.len()
     }
@@ -140,13 +179,11 @@ pub(super) fn push_found(
 ) {
     tally.exchanges += 1;
     push_head(out, id, unix_ns);
-    for (name, json) in [("request", &found.request), ("response", &found.response)] {
-        if !json.is_empty() {
-            tally.count_outcome(json.as_bytes());
-            out.extend_from_slice(b",\"");
-            out.extend_from_slice(name.as_bytes());
-            out.extend_from_slice(b"\":");
-            out.extend_from_slice(json.as_bytes());
+    for (name, message) in [(&b",\"request\":"[..], &found.request), (b",\"response\":", &found.response)] {
+        if !message.json.is_empty() {
+            tally.count(message.outcome);
+            out.extend_from_slice(name);
+            out.extend_from_slice(&message.json);
         }
     }
     out.extend_from_slice(b"}\n");
@@ -213,7 +250,9 @@ mod tests {
         let mut made = Tally::default();
         let cases = [(frozen, frozen), (frozen, learning), (learning, ""), (frozen, "")];
         let free = cases.map(|(request, response)| {
-            let found = Found { request: request.to_owned(), response: response.to_owned() };
+            let mut found = Found::default();
+            found.read(Direction::Request, request);
+            found.read(Direction::Response, response);
             push_found(&mut lines, &mut made, "a\"b\n", Some(5), &found);
             found.order_free()
         });

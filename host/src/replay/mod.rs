@@ -37,6 +37,7 @@ use clap::ValueEnum;
 use driftlock_engine::ENGINE_VERSION;
 use driftlock_inspect::action::Rules;
 use driftlock_inspect::config::{Config, ConfigError, LogPolicy, Report, StatePolicy};
+use driftlock_inspect::host::Direction;
 use driftlock_inspect::session::Plugin;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -607,10 +608,10 @@ fn push_replayed(made: &mut (Vec<u8>, Tally), recorded: &Recorded, exchange: env
         None => {
             let mut found = Found::default();
             if let Some(json) = &exchange.request_verdict_json {
-                found.set_request(json);
+                found.read(Direction::Request, json);
             }
             if let Some(json) = &exchange.response_verdict_json {
-                found.set_response(json);
+                found.read(Direction::Response, json);
             }
             push_found(out, tally, &exchange.id, recorded.unix_ns, &found);
         }

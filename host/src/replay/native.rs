@@ -82,11 +82,7 @@ impl Host for Memory<'_> {
 
     /// All of it, whatever the configuration has filter state hold.
     fn judged(&mut self, direction: Direction, verdict: &Verdict) {
-        let json = verdict.to_json();
-        match direction {
-            Direction::Request => self.found.set_request(&json),
-            Direction::Response => self.found.set_response(&json),
-        }
+        self.found.set(direction, verdict);
         if let Some([request, response]) = &mut self.sentences {
             *match direction {
                 Direction::Request => request,

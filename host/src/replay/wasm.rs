@@ -8,6 +8,7 @@
 
 use std::path::PathBuf;
 
+use driftlock_inspect::host::Direction;
 use driftlock_inspect::session::filter_state;
 
 use super::cuts::Cuts;
@@ -107,10 +108,10 @@ impl WasmReplay {
         }
         let state = |key: &str| ended.filter_state.get(&format!("wasm.{key}"));
         if let Some(json) = state(filter_state::REQUEST) {
-            found.set_request(&String::from_utf8_lossy(json));
+            found.read(Direction::Request, &String::from_utf8_lossy(json));
         }
         if let Some(json) = state(filter_state::RESPONSE) {
-            found.set_response(&String::from_utf8_lossy(json));
+            found.read(Direction::Response, &String::from_utf8_lossy(json));
         }
         Ok(())
     }

@@ -21,7 +21,7 @@
 
 use std::borrow::Cow;
 
-use crate::capture::{Exchange, Fields, Headers, RequestRef, ResponseRef, header};
+use crate::capture::{Exchange, Fields, Headers, RequestRef, ResponseRef, header, is_bare};
 
 /// The request header that carries an exchange's number to the replaying upstream and into the
 /// access log. Filters must not inspect it.
@@ -45,44 +45,6 @@ const DROPPED: [&str; 10] = [
     "content-length",
     "expect",
     REPLAY_ID_HEADER,
-];
-
-/// The methods that Envoy's HTTP/1.1 parser lets through (methods are case-sensitive), without
-/// CONNECT.
-const METHODS: [&str; 33] = [
-    "ACL",
-    "BIND",
-    "CHECKOUT",
-    "COPY",
-    "DELETE",
-    "GET",
-    "HEAD",
-    "LINK",
-    "LOCK",
-    "MERGE",
-    "MKACTIVITY",
-    "MKCALENDAR",
-    "MKCOL",
-    "MOVE",
-    "MSEARCH",
-    "NOTIFY",
-    "OPTIONS",
-    "PATCH",
-    "POST",
-    "PROPFIND",
-    "PROPPATCH",
-    "PURGE",
-    "PUT",
-    "REBIND",
-    "REPORT",
-    "SEARCH",
-    "SOURCE",
-    "SUBSCRIBE",
-    "TRACE",
-    "UNBIND",
-    "UNLINK",
-    "UNLOCK",
-    "UNSUBSCRIBE",
 ];
 
 /// Why a recorded exchange cannot be sent over HTTP/1.1.
@@ -148,12 +110,13 @@ pub struct View<'a> {
 /// [`NotSendable`] with the first thing that no HTTP/1.1 message can carry.
 pub fn view<'a>(request: RequestRef<'a>, response: ResponseRef<'a>) -> Result<View<'a>, NotSendable> {
     let RequestRef { method, target, headers, body } = request;
-    if !METHODS.contains(&method) {
+    if !is_method(method) {
         return Err(NotSendable::Method(method.to_owned()));
     }
     let target = wire_target(target)?;
     let host = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
-    let host = host.map_or("replay.invalid", |(_, value)| value).trim();
+    let host = host.map_or("replay.invalid", |(_, value)| value);
+    let host = if is_bare(host) { host } else { host.trim() };
     check_value("request", "host", host)?;
     let host = encoded(host, &HOST_BYTES);
     let mut request_headers = wire_headers("request", headers)?;
@@ -234,6 +197,46 @@ pub fn on_the_wire(mut exchange: Exchange) -> Result<Exchange, NotSendable> {
     Ok(exchange)
 }
 
+/// The methods that Envoy's HTTP/1.1 parser lets through (methods are case-sensitive), without CONNECT.
+fn is_method(method: &str) -> bool {
+    matches!(
+        method,
+        "ACL"
+            | "BIND"
+            | "CHECKOUT"
+            | "COPY"
+            | "DELETE"
+            | "GET"
+            | "HEAD"
+            | "LINK"
+            | "LOCK"
+            | "MERGE"
+            | "MKACTIVITY"
+            | "MKCALENDAR"
+            | "MKCOL"
+            | "MOVE"
+            | "MSEARCH"
+            | "NOTIFY"
+            | "OPTIONS"
+            | "PATCH"
+            | "POST"
+            | "PROPFIND"
+            | "PROPPATCH"
+            | "PURGE"
+            | "PUT"
+            | "REBIND"
+            | "REPORT"
+            | "SEARCH"
+            | "SOURCE"
+            | "SUBSCRIBE"
+            | "TRACE"
+            | "UNBIND"
+            | "UNLINK"
+            | "UNLOCK"
+            | "UNSUBSCRIBE"
+    )
+}
+
 /// Letters, digits and `others`, for a look-up a byte.
 const fn bytes_of(others: &[u8]) -> [bool; 256] {
     let mut table = [false; 256];
@@ -297,12 +300,16 @@ fn wire_headers<'a>(part: &'static str, mut headers: Fields<'a>) -> Result<Field
         .collect();
     let mut refused = None;
     headers.retain_mut(|(name, value)| {
-        *name = name.trim();
+        if !is_bare(name) {
+            *name = name.trim();
+        }
         let one_hop = |dropped: &&str| dropped.eq_ignore_ascii_case(name);
         if refused.is_some() || DROPPED.iter().any(one_hop) || named.iter().any(one_hop) {
             return false;
         }
-        *value = value.trim_matches([' ', '\t']);
+        if !is_bare(value) {
+            *value = value.trim_matches([' ', '\t']);
+        }
         if name.is_empty() || !name.bytes().all(|byte| TOKEN_BYTES[usize::from(byte)]) {
             refused = Some(NotSendable::Header { part, name: name.to_ascii_lowercase() });
         } else if let Err(error) = check_value(part, name, value) {
@@ -318,7 +325,8 @@ fn wire_headers<'a>(part: &'static str, mut headers: Fields<'a>) -> Result<Field
 
 fn check_value(part: &'static str, name: &str, value: &str) -> Result<(), NotSendable> {
     // RFC 9110 section 5.5: visible characters, blanks, tabs and obs-text.
-    if value.bytes().all(|b| b == b'\t' || (b >= b' ' && b != 0x7f)) {
+    // All of them, without stopping early: many at once.
+    if value.bytes().fold(true, |fits, b| fits & ((b == b'\t') | ((b >= b' ') & (b != 0x7f)))) {
         return Ok(());
     }
     Err(NotSendable::Header { part, name: name.to_ascii_lowercase() })

@@ -1,5 +1,6 @@
 //! What is done with the bytes of a message: they pass, are rewritten, wait, or go nowhere.
 
+use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::vec::Vec;
 
@@ -243,7 +244,7 @@ impl Exchange {
     fn stop<H: Host>(
         &mut self,
         host: &mut H,
-        mut inspection: Inspection,
+        mut inspection: Box<Inspection>,
         how: End,
         stop: Stop,
         defect_status: u16,
@@ -301,7 +302,7 @@ impl Exchange {
         &mut self,
         plugin: &mut Plugin,
         host: &mut H,
-        inspection: Inspection,
+        inspection: Box<Inspection>,
         how: End,
         verdict: &Verdict,
     ) -> Step {

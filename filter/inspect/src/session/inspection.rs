@@ -1,5 +1,6 @@
 //! One message while it is read: parser, scorers, and what the rules have in store for it.
 
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -24,7 +25,7 @@ pub(super) struct Inspection {
     pub(super) message: Option<Message>,
     pub(super) parser: Option<BodyParser>,
     /// Undoes the body's content codings, if it has any.
-    pub(super) decoder: Option<Decoder>,
+    pub(super) decoder: Option<Box<Decoder>>,
     pub(super) framing: Framing,
     /// Of which API it turned out to be, where it is of one.
     pub(super) style: Option<ApiStyle>,
@@ -35,7 +36,7 @@ pub(super) struct Inspection {
     pub(super) defect: Option<Defect>,
     pub(super) plan: Plan,
     pub(super) hold: Hold,
-    pub(super) rewriter: Option<Rewriter>,
+    pub(super) rewriter: Option<Box<Rewriter>>,
     /// What the rewriter has let go of a message that is held.
     pub(super) rewritten: Vec<u8>,
     /// The body came encoded.
@@ -73,7 +74,7 @@ pub(super) enum Hold {
 /// How a body is to be read.
 pub(super) struct Reading {
     pub(super) parser: BodyParser,
-    pub(super) decoder: Option<Decoder>,
+    pub(super) decoder: Option<Box<Decoder>>,
 }
 
 impl Reading {
@@ -86,7 +87,7 @@ impl Reading {
         let parser = parser.map_err(|reason| Defect::ContentType(reason.as_str()))?;
         let decoder = match codings {
             [] => None,
-            codings => Some(Decoder::new(codings, &plugin.decoding).map_err(Defect::Decode)?),
+            codings => Some(Box::new(Decoder::new(codings, &plugin.decoding).map_err(Defect::Decode)?)),
         };
         Ok(Self { parser, decoder })
     }
@@ -197,7 +198,7 @@ impl Inspection {
         plugin: &mut Plugin,
         direction: Direction,
         reading: Result<Option<Reading>, Defect>,
-    ) -> Self {
+    ) -> Box<Self> {
         let (parser, decoder, defect) = match reading {
             Ok(Some(Reading { parser, decoder })) => (Some(parser), decoder, None),
             Ok(None) => (None, None, None),
@@ -214,7 +215,7 @@ impl Inspection {
         // A streamed chat answer has another envelope than a whole one.
         let suffix = if style == ApiStyle::Sse.as_str() { "" } else { framing.suffix() };
         let stream = [&plugin.name, "/", direction.as_str(), "/", style, suffix].concat();
-        Self {
+        Box::new(Self {
             direction,
             message: Some(plugin.detector.begin(&stream)),
             parser,
@@ -238,7 +239,7 @@ impl Inspection {
             scoring_ns: 0,
             summary: None,
             unit_ended: false,
-        }
+        })
     }
 
     /// How the body is to be rewritten, if it can be. `parts`: a JSON array is a stream of answers.
@@ -324,7 +325,7 @@ impl Inspection {
         &mut self,
         plugin: &mut Plugin,
         decode: impl FnOnce(
-            &mut Option<Decoder>,
+            &mut Option<Box<Decoder>>,
             &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
         ) -> Result<(), DecodeError>,
     ) -> (Result<(), DecodeError>, bool) {
@@ -385,11 +386,12 @@ impl Inspection {
     }
 
     fn end_parser(&mut self, plugin: &mut Plugin, cut_short: bool) -> Option<Summary> {
-        let (mut parser, message) = (self.parser.take()?, self.message.as_mut()?);
+        let (parser, message) = (self.parser.as_mut()?, self.message.as_mut()?);
         let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
         let result = parser.finish(&mut feed);
         let summary = parser.summary();
         self.style = Some(parser.style()).filter(|style| style.has_schema());
+        self.parser = None;
         let stream = self.framing != Framing::Whole;
         match result {
             Ok(_) if cut_short && !(stream && summary.terminated) => {

@@ -22,6 +22,7 @@ mod inspection;
 mod report;
 
 use alloc::borrow::ToOwned;
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -106,8 +107,8 @@ pub struct Exchange {
     excluded: PathMatches,
     /// Bytes are passed through that are no HTTP message (CONNECT).
     tunnel: bool,
-    request: Option<Inspection>,
-    response: Option<Inspection>,
+    request: Option<Box<Inspection>>,
+    response: Option<Box<Inspection>>,
     /// Whose headers came. Should a proxy report them again, the message still has one verdict.
     request_begun: bool,
     response_begun: bool,
@@ -275,7 +276,8 @@ impl Exchange {
             (_, Ok(None)) => Ok(None),
             (Ok(_), Ok(Some((_, codings)))) => {
                 codings.clone().map_err(Defect::Encoding).and_then(|codings| {
-                    Reading::new(plugin, &codings, BodyParser::for_request(path, content_type)).map(Some)
+                    Reading::new(plugin, &codings, BodyParser::for_request_of(self.style, content_type))
+                        .map(Some)
                 })
             }
         };
@@ -369,7 +371,7 @@ impl Exchange {
         &mut self,
         plugin: &mut Plugin,
         host: &mut H,
-        mut inspection: Inspection,
+        mut inspection: Box<Inspection>,
         ended: bool,
         began_ns: Option<u64>,
     ) -> Step {
@@ -464,8 +466,8 @@ impl Exchange {
 
     fn side(&mut self, direction: Direction) -> Option<&mut Inspection> {
         match direction {
-            Direction::Request => self.request.as_mut(),
-            Direction::Response => self.response.as_mut(),
+            Direction::Request => self.request.as_deref_mut(),
+            Direction::Response => self.response.as_deref_mut(),
         }
     }
 
@@ -519,7 +521,7 @@ impl Exchange {
         if let Some(format) = format {
             let whole_parts = blocks && direction == Direction::Response && stream;
             if classes.is_some() || whole_parts {
-                inspection.rewriter = Some(Rewriter::new(format, classes));
+                inspection.rewriter = Some(Box::new(Rewriter::new(format, classes)));
             }
         }
         if classes.is_some() && !format.is_some_and(Format::is_redacted) {
