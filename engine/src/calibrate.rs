@@ -30,7 +30,7 @@
 
 use alloc::vec::Vec;
 
-use crate::coder::{log2_fixed, log2_fixed_each};
+use crate::coder::log2_fixed;
 use crate::score::UnitScores;
 
 mod length;
@@ -109,6 +109,9 @@ pub struct Spread {
     pub per_square: u64,
 }
 
+/// In 1/65536 square bit.
+const QUARTER_BIT: u128 = 65536 / 4;
+
 /// A sixteenth of a square bit for each byte: held-out units that are all but alike (an envelope of fixed
 /// keys) say nothing about how far the next one may stray.
 const LEAST_PER_BYTE: u64 = 65536 / 16;
@@ -146,15 +149,28 @@ impl Spread {
         Self { per_byte, per_square: (b * 65536.0 + 0.5) as u64 }
     }
 
+    /// Of `length` bytes, in 1/65536 square bit, if it has at most 62 bits: any usual length's.
+    fn variance(self, length: u64) -> Option<u64> {
+        let of_bytes = self.per_byte.checked_mul(length.checked_add(1)?)?;
+        let of_square = self.per_square.checked_mul(length.checked_mul(length)?)?;
+        let variance = of_bytes.checked_add(of_square)?.checked_add(QUARTER_BIT as u64)?;
+        (variance >> 62 == 0).then_some(variance)
+    }
+
     /// `excess` (1/256 bit) of `length` bytes in standard deviations, 1/256.
     fn standardised(self, length: u64, excess: i64) -> i64 {
-        let length = u128::from(length);
-        let variance = u128::from(self.per_byte) * (length + 1)
-            + u128::from(self.per_square).saturating_mul(length * length)
-            + 65536 / 4;
-        // The square root in 1/256 bit, from as many high bits as fit a word.
-        let shift = (128 - variance.leading_zeros()).saturating_sub(62).next_multiple_of(2);
-        let deviation = u128::from(((variance >> shift) as u64).isqrt()) << (shift / 2);
+        let deviation = match self.variance(length) {
+            Some(variance) => u128::from(variance.isqrt()),
+            None => {
+                let length = u128::from(length);
+                let variance = u128::from(self.per_byte) * (length + 1)
+                    + u128::from(self.per_square).saturating_mul(length * length)
+                    + QUARTER_BIT;
+                // The square root in 1/256 bit, from as many high bits as fit a word.
+                let shift = (128 - variance.leading_zeros()).saturating_sub(62).next_multiple_of(2);
+                u128::from(((variance >> shift) as u64).isqrt()) << (shift / 2)
+            }
+        };
         let deviation = deviation.max(1);
         // In a word where that is enough, which a unit of any usual length is: wide divisions take many times as long.
         match (excess.checked_mul(256), i64::try_from(deviation)) {
@@ -236,83 +252,64 @@ impl Tail {
         i64::from(self.all.saturating_sub(8 << 12)) << (UNIT_SCORE.trailing_zeros() - 12)
     }
 
-    /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit, once the
-    /// logarithm is known.
-    fn surprise(&self, share: Share, log2_of_at_least: u32) -> i64 {
-        match share {
-            Share::Beyond(surprise) => surprise,
-            Share::Within { .. } => i64::from(self.all.saturating_sub(log2_of_at_least) << FINE),
-        }
+    /// How many quantiles are less. Counted by eights, then in one: halving would wait for each load.
+    #[inline]
+    fn quantiles_below(&self, value: i64) -> usize {
+        const EIGHT: usize = 8;
+        let less = |quantile: &&i64| **quantile < value;
+        let eights = self.quantiles.iter().skip(EIGHT - 1).step_by(EIGHT).filter(less).count() * EIGHT;
+        eights + self.quantiles.iter().skip(eights).take(EIGHT).filter(less).count()
     }
 
-    /// The share of normal units with at least this much.
-    fn share(&self, value: i64) -> Share {
+    /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
+    #[inline]
+    fn surprise(&self, value: i64) -> i64 {
         /// log2(e) in 1/4096.
         const LOG2_E: i64 = 5909;
         let units = u64::from(self.units);
         if value > self.threshold {
             let (beyond, scale) = (value.checked_sub(self.threshold), self.scale.max(1));
             let excess = match beyond.and_then(|beyond| beyond.checked_mul(LOG2_E << FINE)) {
-                Some(excess) => i128::from(excess / scale),
+                Some(excess) => excess / scale,
                 None => {
                     let beyond = i128::from(value) - i128::from(self.threshold);
-                    beyond * i128::from(LOG2_E << FINE) / i128::from(scale)
+                    let excess = beyond * i128::from(LOG2_E << FINE) / i128::from(scale);
+                    excess.min(MAX_SURPRISE.into()) as i64
                 }
             };
-            return Share::Beyond((i128::from(self.base << FINE) + excess).min(MAX_SURPRISE.into()) as i64);
+            return i64::from(self.base << FINE).saturating_add(excess).min(MAX_SURPRISE);
         }
         // How many have less, in 1/256 of a unit, between two quantiles by interpolation.
-        let above = self.quantiles.partition_point(|&quantile| quantile < value);
+        let above = self.quantiles_below(value);
         let last = self.quantiles.len().saturating_sub(1).max(1) as u64;
         let span = units.saturating_sub(1) * 256;
-        // A snapshot has at most 2^16 quantiles: the product is below 2^56.
-        let rank = |i: usize| i as u64 * span / last;
+        const USUAL: u64 = MAX_QUANTILES as u64 - 1;
+        // A snapshot has at most 2^16 quantiles: the product is below 2^56. A constant is divided by sooner.
+        let rank = |i: usize| if last == USUAL { i as u64 * span / USUAL } else { i as u64 * span / last };
         let less = match (
             above.checked_sub(1).and_then(|below| self.quantiles.get(below)),
             self.quantiles.get(above),
         ) {
             (Some(&low), Some(&high)) if high > low => {
                 let (part, width) = (value.abs_diff(low), high.abs_diff(low));
-                let between = rank(above) - rank(above - 1);
+                let below = rank(above - 1);
+                let between = rank(above) - below;
                 let more = match between.checked_mul(part) {
                     Some(more) => more / width,
                     None => (u128::from(between) * u128::from(part) / u128::from(width)) as u64,
                 };
-                rank(above - 1) + more
+                below + more
             }
             (_, Some(_)) => rank(above),
             (_, None) => units * 256,
         };
-        Share::Within { at_least: (units * 256).saturating_sub(less) + 128 }
+        let at_least = (units * 256).saturating_sub(less) + 128;
+        i64::from(self.all.saturating_sub(log2_fixed(at_least)) << FINE)
     }
 }
 
 /// From 1/4096 to 1/[`UNIT_SCORE`].
 const FINE: u32 = UNIT_SCORE.trailing_zeros() - 12;
-
-/// How many normal units have at least a value.
-#[derive(Clone, Copy, Debug)]
-enum Share {
-    /// So many, in 1/256 of a unit.
-    Within { at_least: u64 },
-    /// Fewer than can be counted; so surprising, in 1/[`UNIT_SCORE`] bit.
-    Beyond(i64),
-}
-
-impl Default for Share {
-    fn default() -> Self {
-        Self::Beyond(0)
-    }
-}
-
-impl Share {
-    fn at_least(self) -> u64 {
-        match self {
-            Self::Within { at_least } => at_least,
-            Self::Beyond(_) => 1,
-        }
-    }
-}
 
 /// How much of a view held-out units of about one length have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -445,41 +442,20 @@ impl NormalRanges {
     /// How surprising each view of the unit is.
     pub fn surprises(&self, scores: &UnitScores) -> Surprises {
         let values = self.values(scores);
-        let stratum = self.by_length.stratum(scores.bytes);
-        let mut shares = [Share::default(); VIEWS];
-        for (share, (tail, &value)) in shares.iter_mut().zip(self.tails.iter().zip(&values)) {
-            *share = tail.share(value);
-        }
-        let mut alike = [Share::default(); View::BY_LENGTH.len()];
-        for (share, (view, k)) in alike.iter_mut().zip(View::BY_LENGTH.into_iter().zip(0..)) {
-            let tail = stratum.and_then(|stratum| stratum.tails.get::<usize>(k));
-            if let (Some(tail), Some(&value)) = (tail, values.get(view as usize)) {
-                *share = tail.share(value);
-            }
-        }
-
-        // All logarithms at once.
-        let mut numbers = [1; VIEWS + View::BY_LENGTH.len()];
-        for (number, share) in numbers.iter_mut().zip(shares.iter().chain(&alike)) {
-            *number = share.at_least();
-        }
-        let logs = log2_fixed_each(numbers);
         let mut surprises = values;
-        for (surprise, ((tail, share), &log)) in
-            surprises.iter_mut().zip(self.tails.iter().zip(shares).zip(&logs))
-        {
-            *surprise = tail.surprise(share, log);
+        for (surprise, tail) in surprises.iter_mut().zip(&self.tails) {
+            *surprise = tail.surprise(*surprise);
         }
-        if let Some(stratum) = stratum {
-            let tails = stratum.tails.iter().zip(alike).zip(logs.iter().skip(VIEWS));
-            for (view, (((tail, alike), &log), share)) in
-                View::BY_LENGTH.into_iter().zip(tails.zip(self.by_length.shares))
+        let Some(stratum) = self.by_length.stratum(scores.bytes) else { return surprises };
+        for (view, (tail, share)) in
+            View::BY_LENGTH.into_iter().zip(stratum.tails.iter().zip(self.by_length.shares))
+        {
+            if let (Some(surprise), Some(&value)) =
+                (surprises.get_mut(view as usize), values.get(view as usize))
             {
-                if let Some(surprise) = surprises.get_mut(view as usize) {
-                    let own = tail.surprise(alike, log).min(tail.most_surprise().max(2 * *surprise));
-                    let more = i128::from(own - *surprise) * i128::from(share);
-                    *surprise += (more >> WHOLE_SHARE.trailing_zeros()) as i64;
-                }
+                let own = tail.surprise(value).min(tail.most_surprise().max(2 * *surprise));
+                let more = i128::from(own - *surprise) * i128::from(share);
+                *surprise += (more >> WHOLE_SHARE.trailing_zeros()) as i64;
             }
         }
         surprises
@@ -555,11 +531,6 @@ mod tests {
     use proptest::prelude::*;
     use std::vec;
 
-    fn surprise_of(tail: &Tail, value: i64) -> i64 {
-        let share = tail.share(value);
-        tail.surprise(share, log2_fixed(share.at_least()))
-    }
-
     proptest! {
         #[test]
         fn p_is_the_definition(calibration in prop::collection::vec(-50i64..50, 0..80), s in -60i64..60) {
@@ -576,9 +547,9 @@ mod tests {
             a in any::<i64>(), b in -1100i64..1100, c in -1100i64..1100,
         ) {
             let tail = Tail::fit(values, View::Peak, None);
-            prop_assert!(b > c || surprise_of(&tail, b) <= surprise_of(&tail, c));
-            prop_assert!(b > a || surprise_of(&tail, b) <= surprise_of(&tail, a));
-            prop_assert!((0..=MAX_SURPRISE).contains(&surprise_of(&tail, a)));
+            prop_assert!(b > c || tail.surprise(b) <= tail.surprise(c));
+            prop_assert!(b > a || tail.surprise(b) <= tail.surprise(a));
+            prop_assert!((0..=MAX_SURPRISE).contains(&tail.surprise(a)));
         }
 
         /// Against the definition in floating point.
@@ -587,7 +558,7 @@ mod tests {
             values in prop::collection::vec(-1000i64..1000, 20..300), value in -1100i64..3000,
         ) {
             let tail = Tail::fit(values.clone(), View::Peak, None);
-            let bits = surprise_of(&tail, value) as f64 / UNIT_SCORE as f64;
+            let bits = tail.surprise(value) as f64 / UNIT_SCORE as f64;
             let n = values.len() as f64;
             let mut sorted = values.clone();
             sorted.sort_unstable();

@@ -24,7 +24,7 @@
 
 use crate::bitmap::below;
 use crate::coder::{
-    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed_each,
+    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed,
     peak_weight,
 };
 use crate::normalise::{Class, ClassSet, Normaliser, Part, Piece, Sourced};
@@ -320,7 +320,7 @@ impl UnitScores {
     /// log2 of the bytes in 1/4096, [`Self::peak`] and [`Self::fields`].
     pub(crate) fn logarithms(&self) -> (u32, i64, i64) {
         let [bytes, peak, fields] =
-            log2_fixed_each([self.bytes, self.peak_sum, self.field_sum.saturating_add(256)]);
+            [self.bytes, self.peak_sum, self.field_sum.saturating_add(256)].map(log2_fixed);
         // The sums are in 1/256: 8 bits less.
         let less = 8 * i64::from(UNITS_PER_BIT);
         (bytes, (i64::from(peak >> 4) - less).max(0), i64::from(fields >> 4) - less)

@@ -185,6 +185,29 @@ fn log2_is_right_to_a_thousandth() {
 }
 
 #[test]
+fn a_logarithm_is_that_of_repeated_squaring() {
+    let plain = |x: u64| ((63 - x.leading_zeros()) << 12) + log2_by_squaring(x << x.leading_zeros() >> 32);
+    let check = |x: u64| assert_eq!(log2_fixed(x), plain(x), "{x}");
+    (1..300_000).for_each(check);
+    // Where each unit begins, and its neighbours near and far.
+    for unit in 0..4096 {
+        let (mut low, mut high) = (1u64 << 31, 1u64 << 32);
+        while low < high {
+            let middle = low.midpoint(high);
+            if log2_by_squaring(middle) < unit { low = middle + 1 } else { high = middle }
+        }
+        for step in (0..20).map(|bits| 1 << bits).chain([0, 3, 77, 1000]) {
+            for x in [low.saturating_sub(step), low + step] {
+                check(x.clamp(1 << 31, (1 << 32) - 1));
+                check(x.clamp(1 << 31, (1 << 32) - 1) << 20 | 0x3_5a5a);
+            }
+        }
+    }
+    (0..200_000).for_each(|i| check((mix(i) >> (i % 60)).max(1)));
+    assert_eq!(log2_fixed(0), 0);
+}
+
+#[test]
 fn codes_stand_for_the_nearest_cost() {
     for cost in 0..20 * 256u32 {
         let code = u32::from(code_of(u64::from(cost) << 4));
