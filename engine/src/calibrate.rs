@@ -203,7 +203,16 @@ pub struct Tail {
     all: u32,
     /// Surprise at the threshold, in 1/4096 bit.
     base: u32,
+    /// The lowest quantile, and the surprise of what is not above it.
+    lowest: i64,
+    least: i64,
+    /// Every eighth quantile.
+    eighths: [i64; MAX_QUANTILES / EIGHT],
+    /// By quantile.
+    steps: Vec<Step>,
 }
+
+const EIGHT: usize = 8;
 
 impl Default for Tail {
     fn default() -> Self {
@@ -216,7 +225,24 @@ impl Tail {
     pub fn new(units: u32, beyond: u32, threshold: i64, scale: i64, quantiles: Vec<i64>) -> Self {
         let all = log2_fixed((u64::from(units) + 1) * 256);
         let base = log2_fixed(u64::from(units)).saturating_sub(log2_fixed(u64::from(beyond)));
-        Self { units, beyond, threshold, scale, quantiles, all, base }
+        let last = quantiles.len().saturating_sub(1).max(1) as u128;
+        // -log2 of the share of units with as much as a quantile has, the units less by 1/2 of a unit as it is reached.
+        let surprise = |i: usize| {
+            let less = i as u128 * u128::from(units.saturating_sub(1)) * 256 / last;
+            let at_least = (u128::from(units) * 256).saturating_sub(less) as u64 + 128;
+            i64::from(all.saturating_sub(log2_fixed(at_least)) << FINE)
+        };
+        let ends = quantiles.iter().skip(1).map(Some).chain([None]);
+        let steps = quantiles.iter().zip(ends).enumerate().map(|(i, (&from, to))| {
+            let width = to.map_or(0, |&to| to.abs_diff(from));
+            let rise = (surprise(i + 1) - surprise(i)) as u64;
+            Step { surprise: surprise(i), slope: (rise << SLOPE_BITS).checked_div(width).unwrap_or(0) }
+        });
+        let steps = steps.collect();
+        let eighth = |i: usize| quantiles.get(EIGHT * i + EIGHT - 1).copied().unwrap_or(i64::MAX);
+        let eighths = core::array::from_fn(eighth);
+        let (lowest, least) = (quantiles.first().copied().unwrap_or(0), surprise(0));
+        Self { units, beyond, threshold, scale, lowest, least, eighths, quantiles, all, base, steps }
     }
 
     /// To the values of held-out units, in any order. Of fewer than 100, the scale is not below that of
@@ -253,12 +279,12 @@ impl Tail {
     }
 
     /// How many quantiles are less. Counted by eights, then in one: halving would wait for each load.
-    #[inline]
+    #[inline(always)]
     fn quantiles_below(&self, value: i64) -> usize {
-        const EIGHT: usize = 8;
         let less = |quantile: &&i64| **quantile < value;
-        let eights = self.quantiles.iter().skip(EIGHT - 1).step_by(EIGHT).filter(less).count() * EIGHT;
-        eights + self.quantiles.iter().skip(eights).take(EIGHT).filter(less).count()
+        let eights = self.eighths.iter().filter(less).count() * EIGHT;
+        let eight = self.quantiles.get(eights..).unwrap_or_default();
+        eights + eight.iter().take(EIGHT).filter(less).count()
     }
 
     /// -log2 of the share of normal units with at least this much, in 1/[`UNIT_SCORE`] bit.
@@ -266,7 +292,6 @@ impl Tail {
     fn surprise(&self, value: i64) -> i64 {
         /// log2(e) in 1/4096.
         const LOG2_E: i64 = 5909;
-        let units = u64::from(self.units);
         if value > self.threshold {
             let (beyond, scale) = (value.checked_sub(self.threshold), self.scale.max(1));
             let excess = match beyond.and_then(|beyond| beyond.checked_mul(LOG2_E << FINE)) {
@@ -279,34 +304,34 @@ impl Tail {
             };
             return i64::from(self.base << FINE).saturating_add(excess).min(MAX_SURPRISE);
         }
-        // How many have less, in 1/256 of a unit, between two quantiles by interpolation.
-        let above = self.quantiles_below(value);
-        let last = self.quantiles.len().saturating_sub(1).max(1) as u64;
-        let span = units.saturating_sub(1) * 256;
-        const USUAL: u64 = MAX_QUANTILES as u64 - 1;
-        // A snapshot has at most 2^16 quantiles: the product is below 2^56. A constant is divided by sooner.
-        let rank = |i: usize| if last == USUAL { i as u64 * span / USUAL } else { i as u64 * span / last };
-        let less = match (
-            above.checked_sub(1).and_then(|below| self.quantiles.get(below)),
-            self.quantiles.get(above),
-        ) {
-            (Some(&low), Some(&high)) if high > low => {
-                let (part, width) = (value.abs_diff(low), high.abs_diff(low));
-                let below = rank(above - 1);
-                let between = rank(above) - below;
-                let more = match between.checked_mul(part) {
-                    Some(more) => more / width,
-                    None => (u128::from(between) * u128::from(part) / u128::from(width)) as u64,
-                };
-                below + more
+        // Most units have no new words.
+        if value <= self.lowest {
+            return self.least;
+        }
+        // Between two quantiles, by interpolation.
+        let Some(before) = self.quantiles_below(value).checked_sub(1) else { return self.least };
+        match (self.steps.get(before), self.quantiles.get(before)) {
+            (Some(step), Some(&quantile)) => {
+                let rise = u128::from(value.abs_diff(quantile)) * u128::from(step.slope) >> SLOPE_BITS;
+                // At most what it is at the next.
+                step.surprise + rise as i64
             }
-            (_, Some(_)) => rank(above),
-            (_, None) => units * 256,
-        };
-        let at_least = (units * 256).saturating_sub(less) + 128;
-        i64::from(self.all.saturating_sub(log2_fixed(at_least)) << FINE)
+            _ => 0,
+        }
     }
 }
+
+/// A surprise at a quantile, and how it goes on to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Step {
+    /// In 1/[`UNIT_SCORE`] bit.
+    surprise: i64,
+    /// Surprise a unit of the view's scale, 32 fractional bits.
+    slope: u64,
+}
+
+/// Fractional bits of a slope.
+const SLOPE_BITS: u32 = 32;
 
 /// From 1/4096 to 1/[`UNIT_SCORE`].
 const FINE: u32 = UNIT_SCORE.trailing_zeros() - 12;
