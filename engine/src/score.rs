@@ -834,7 +834,7 @@ impl Running {
         } else if memo.epoch == epoch {
             let plain = block.looked_back().then_some(plain_before);
             let also = Also { plain, path: path_used.then_some((path_before, path)) };
-            memo.keep(Known { before, after, also, stretch: stretch.clone(), sums });
+            memo.keep(Known::new(before, after, also, stretch.clone(), sums));
         }
         Some(after)
     }

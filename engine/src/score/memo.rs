@@ -23,7 +23,6 @@
 //! alone and for as long as the process runs. Who measures how long a message takes can tell text that was
 //! scored before from text that was not, as with every cache.
 
-use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -102,6 +101,14 @@ pub(super) struct Known {
     pub(super) also: Also,
     pub(super) stretch: Stretch,
     pub(super) sums: Sums,
+    /// The place of what followed it last. Another may have come there since.
+    next: u16,
+}
+
+impl Known {
+    pub(super) fn new(before: StateId, after: StateId, also: Also, stretch: Stretch, sums: Sums) -> Self {
+        Self { before, after, also, stretch, sums, next: 0 }
+    }
 }
 
 /// What looking for known stretches brought for a model, in bytes.
@@ -116,9 +123,9 @@ struct Gain {
 pub(super) struct Memo {
     /// Upper hash bits of what came once.
     marks: Vec<u16>,
-    stretches: Vec<Option<Box<Known>>>,
-    /// By the place of a stretch: that of the one which followed it last. It may have moved since.
-    next: Vec<u16>,
+    known: Vec<Known>,
+    /// By hash: a place in `known`, and one more; 0 is free.
+    places: Vec<u16>,
     states: Vec<(u64, State)>,
     /// Open addressing: a state's number + 1; 0 is free.
     index: Vec<u16>,
@@ -296,8 +303,8 @@ impl Memo {
         if self.states.len() >= STATES {
             self.states.clear();
             self.index.clear();
-            self.stretches.clear();
-            self.next.clear();
+            self.known.clear();
+            self.places.clear();
             self.epoch += 1;
         }
         if self.index.is_empty() {
@@ -337,43 +344,50 @@ impl Memo {
         stretch: &Stretch,
         mut holds: impl FnMut(&Also) -> bool,
     ) -> Option<(usize, &Known)> {
-        let place = stretch.place(before);
+        let by_hash = stretch.place(before);
         (0..WAYS).find_map(|way| {
-            let known = self.stretches.get(place ^ way)?.as_deref()?;
+            let place = usize::from(*self.places.get(by_hash ^ way)?).checked_sub(1)?;
+            let known = self.known.get(place)?;
             let found = known.before == before && known.stretch == *stretch && holds(&known.also);
-            found.then_some((place ^ way, known))
+            found.then_some((place, known))
         })
     }
 
     /// What followed last behind the stretch of this place.
     #[inline(always)]
     pub(super) fn next(&self, place: usize) -> Option<(usize, &Known)> {
-        let next = usize::from(*self.next.get(place)?);
-        Some((next, self.stretches.get(next)?.as_deref()?))
+        let next = usize::from(self.known.get(place)?.next);
+        Some((next, self.known.get(next)?))
     }
 
     /// Behind the stretch of this place another follows.
     pub(super) fn follow(&mut self, place: usize, next: usize) {
-        if let Some(of_place) = self.next.get_mut(place) {
-            *of_place = next as u16;
+        if let Some(known) = self.known.get_mut(place) {
+            known.next = next as u16;
         }
     }
 
-    /// Keeps what a stretch came to in this state; of those in its places the oldest is forgotten.
+    /// Keeps what a stretch came to in this state; of those with about its hash the oldest is forgotten.
     pub(super) fn keep(&mut self, known: Known) {
-        if self.stretches.is_empty() {
-            self.stretches = vec![None; STRETCHES];
-            self.next = vec![0; STRETCHES];
+        if self.places.is_empty() {
+            self.places = vec![0; STRETCHES];
         }
-        let place = known.stretch.place(known.before);
-        let (mut moved, mut next) = (Some(Box::new(known)), 0);
+        let by_hash = known.stretch.place(known.before);
+        let oldest = self.places.get(by_hash ^ (WAYS - 1)).copied().unwrap_or(0);
+        let place = match self.known.get_mut(usize::from(oldest).wrapping_sub(1)) {
+            Some(slot) => {
+                *slot = known;
+                oldest
+            }
+            None => {
+                self.known.push(known);
+                self.known.len() as u16
+            }
+        };
+        let mut moved = place;
         for way in 0..WAYS {
-            if let (Some(slot), Some(of_slot)) =
-                (self.stretches.get_mut(place ^ way), self.next.get_mut(place ^ way))
-                && moved.is_some()
-            {
+            if let Some(slot) = self.places.get_mut(by_hash ^ way) {
                 core::mem::swap(slot, &mut moved);
-                core::mem::swap(of_slot, &mut next);
             }
         }
     }
