@@ -15,12 +15,12 @@
 //!
 //! Left out on purpose: compression of the snapshot (tables are near-random bytes; transport can).
 //!
-//! # Format, version 3, little-endian
+//! # Format, version 4, little-endian
 //! `"DRIFTLCK"`, u16 version, u32 number of streams; per stream: name, u32 messages trained on, u16
 //! number of units; per unit: name, u32 normalised classes, the model (u64 trained bytes, u32 slots, u32
 //! each, a byte each; u16 fields, three u32 each), the vocabulary (u32 blocks, u64 each), what bytes cost
 //! (u32 mean and variance of all, of text, of each field), the spread (u64, u64), the growth of new
-//! pairs (i64), five tails (u32 units, u32 beyond, i64 threshold, i64 scale, u16 quantiles, i64 each), two
+//! pairs (i64), five tails (u32 units, u32 beyond, i64 threshold, i64 scale, u16 quantiles, at most 33, i64 each), two
 //! shares (u16, at most 256), u16 number of strata, each u64 shortest, u64 longest, two tails; then u32 number of
 //! calibration statistics, i64 each, rising. A name is u16 length and UTF-8 bytes. Last, 32 bytes of SHA-256.
 
@@ -32,7 +32,7 @@ use alloc::vec::Vec;
 use sha2::{Digest as _, Sha256};
 
 use crate::calibrate::{
-    ByLength, Calibration, NormalRanges, Spread, Stratum, Tail, UNSEEN_UNIT, WHOLE_SHARE,
+    ByLength, Calibration, MAX_QUANTILES, NormalRanges, Spread, Stratum, Tail, UNSEEN_UNIT, WHOLE_SHARE,
 };
 use crate::coder::{BLOCK_BYTES, Block, ContextModel, Counts, ModelError};
 use crate::normalise::{ClassSet, DEFAULT_NORMALISED, Normaliser};
@@ -428,7 +428,7 @@ pub struct Snapshot {
 }
 
 const MAGIC: &[u8; 8] = b"DRIFTLCK";
-const VERSION: u16 = 3;
+const VERSION: u16 = 4;
 const DIGEST_BYTES: usize = 32;
 
 /// Why the bytes of a snapshot were refused.
@@ -619,6 +619,9 @@ impl<'a> Reader<'a> {
     fn tail(&mut self) -> Result<Tail, SnapshotError> {
         let (units, beyond, threshold, scale) = (self.u32()?, self.u32()?, self.i64()?, self.i64()?);
         let count = usize::from(self.u16()?);
+        if count > MAX_QUANTILES {
+            return Err(SnapshotError::Length(self.at));
+        }
         let (quantiles, _) = self.values(count, 8)?.as_chunks::<8>();
         let quantiles: Vec<i64> = quantiles.iter().map(|&value| i64::from_le_bytes(value)).collect();
         if !quantiles.is_sorted() {

@@ -7,6 +7,9 @@
 //! Gammerman, Shafer 2005, chapter 2): if normal messages are exchangeable with the held-out ones,
 //! P(p <= alpha) <= alpha for every alpha. p is never 0 and ties count against us.
 //!
+//! Below the 90th percentile a surprise is that of 33 quantiles, and a straight line between two: -log2 of the share of units
+//! with as much as quantile i, each quantile counting for half a unit.
+//!
 //! How a surprise goes on beyond what was seen: above the 90th percentile u of held-out units the share
 //! falls as exp(-(s - u) / beta), beta the mean excess there (the exponential tail of the peaks-over-
 //! threshold method, Pickands 1975). It need not be right: it only brings the views to one scale.
@@ -23,7 +26,8 @@
 //! set, so the statistic is one fixed function of a message, and one fixed function is all that the
 //! argument needs. A message of many units has one p-value, not many to correct for.
 //!
-//! Cost: about fifteen divisions and binary searches a unit; a calibration of n messages takes 8n bytes.
+//! Cost: some 80 ns a unit: three logarithms, four divisions, and in seven lists of quantiles a look at twelve; a calibration of
+//! n messages takes 8n bytes.
 //!
 //! Not guaranteed: anything about traffic that is not exchangeable with the calibration set, such as
 //! a new application behind the same route; that is drift.
@@ -184,7 +188,7 @@ impl Spread {
 }
 
 /// Most quantiles kept of a view.
-const MAX_QUANTILES: usize = 33;
+pub(crate) const MAX_QUANTILES: usize = 33;
 
 /// How much of a view held-out normal units have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -312,9 +316,14 @@ impl Tail {
         let Some(before) = self.quantiles_below(value).checked_sub(1) else { return self.least };
         match (self.steps.get(before), self.quantiles.get(before)) {
             (Some(step), Some(&quantile)) => {
-                let rise = u128::from(value.abs_diff(quantile)) * u128::from(step.slope) >> SLOPE_BITS;
+                let (part, slope) = (value.abs_diff(quantile), step.slope);
+                // In a word where it fits, as nearly always: wasm has no wider product.
+                let rise = match (part | slope) >> 32 {
+                    0 => (part * slope) >> SLOPE_BITS,
+                    _ => ((u128::from(part) * u128::from(slope)) >> SLOPE_BITS) as u64,
+                };
                 // At most what it is at the next.
-                step.surprise + rise as i64
+                step.surprise.saturating_add_unsigned(rise)
             }
             _ => 0,
         }
@@ -326,7 +335,7 @@ impl Tail {
 struct Step {
     /// In 1/[`UNIT_SCORE`] bit.
     surprise: i64,
-    /// Surprise a unit of the view's scale, 32 fractional bits.
+    /// Surprise a unit of the view's scale, [`SLOPE_BITS`] fractional bits.
     slope: u64,
 }
 
@@ -601,6 +610,39 @@ mod tests {
                 let blur = if n > 33.0 { n / 32.0 + 1.0 } else { 1.0 };
                 prop_assert!(bits >= share((less - blur).max(0.0)) - 0.01, "{bits} {}", share(less));
                 prop_assert!(bits <= share((less + blur).min(n)) + 0.01, "{bits} {}", share(less));
+            }
+        }
+
+        /// Against the definition, quantile by quantile, in whole numbers.
+        #[test]
+        fn a_surprise_is_that_of_the_quantiles_and_a_line_between(
+            values in prop::collection::vec(-300i64..300, 1..300), far in any::<bool>(), value in -320i64..320,
+        ) {
+            // Far apart, a product takes more than a word.
+            let scale = if far { 1 << 30 } else { 1 };
+            let values: Vec<i64> = values.into_iter().map(|value| value * scale).collect();
+            let (tail, value) = (Tail::fit(values, View::Peak, None), value * scale);
+            let quantiles = &tail.quantiles;
+            let last = quantiles.len().saturating_sub(1).max(1) as u64;
+            let units = u64::from(tail.units);
+            let at = |i: usize| {
+                let less = i as u64 * (units - 1) * 256 / last;
+                i64::from((log2_fixed((units + 1) * 256)).saturating_sub(log2_fixed(units * 256 - less + 128)) << 8)
+            };
+            prop_assume!(value <= tail.threshold);
+            let got = tail.surprise(value);
+            match quantiles.iter().position(|&quantile| quantile >= value) {
+                None => prop_assert!(false, "the threshold is a quantile at most"),
+                Some(0) => prop_assert_eq!(got, at(0)),
+                Some(i) => {
+                    let (low, high) = (quantiles[i - 1], quantiles[i]);
+                    let part = (value - low) as f64 / (high - low) as f64;
+                    let line = at(i - 1) as f64 + part * (at(i) - at(i - 1)) as f64;
+                    // A slope is cut behind 32 bits.
+                    let cut = (high - low) as f64 / 2f64.powi(32);
+                    prop_assert!((got as f64 - line).abs() <= 2.0 + cut, "{got} {line}");
+                    prop_assert!((at(i - 1)..=at(i)).contains(&got));
+                }
             }
         }
 

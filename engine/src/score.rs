@@ -345,6 +345,7 @@ pub struct Scratch {
     memo: Memo,
     known_bytes: u64,
     /// Scorers of units that have ended: making one anew costs as much as scoring a short unit.
+    #[expect(clippy::vec_box, reason = "they go from a message to the next as they are, without a copy")]
     spare: Vec<Box<UnitScorer>>,
 }
 

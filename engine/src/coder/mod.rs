@@ -82,10 +82,10 @@ pub(crate) fn log2_fixed(x: u64) -> u32 {
     // The mantissa is (1 + i/128) (1 + d): d in 39 bits, too large by less than 2^-30.
     let d = (mantissa * u64::from(reciprocal)).saturating_sub(1 << 62) >> 23;
     // d - d^2 / 2, short of log(1 + d) by less than d^3 / 3 < 2^-22.
-    let series = d - (d * d >> 40);
+    let series = d - ((d * d) >> 40);
     /// 1 / ln 2, 31 fractional bits.
     const PER_E: u64 = 3_098_164_009;
-    let log = log + (series * PER_E >> 31);
+    let log = log + ((series * PER_E) >> 31);
     // 39 bits to 12: whether a unit more is reached is open only near one.
     let rest = log & ((1 << 27) - 1);
     if (1 << 13..(1 << 27) - (1 << 19)).contains(&rest) {
@@ -108,7 +108,7 @@ const fn logarithms() -> [(u32, u64); 128] {
         let mut mantissa = (128 + i as u128) << 55;
         let (mut log, mut bits) = (0, 0);
         while bits < 39 {
-            mantissa = mantissa * mantissa >> 62;
+            mantissa = (mantissa * mantissa) >> 62;
             let bit = (mantissa >> 63) as u64;
             log = log << 1 | bit;
             mantissa >>= bit;
