@@ -778,6 +778,35 @@ mod tests {
     }
 
     proptest! {
+        /// Scorers go from one unit to the next; nothing of a unit goes with them.
+        #[test]
+        fn a_unit_is_judged_alone_whatever_was_scored_before(
+            messages in prop::collection::vec(
+                (prop::collection::vec(("[a-z0-9 ;'=@.-]{0,40}", 0u64..3), 0..12), any::<bool>()), 1..6,
+            ),
+        ) {
+            let mut detector = trained("s");
+            let mut shared = Scratch::default();
+            for (pieces, whole) in messages {
+                let verdicts = [true, false].map(|again| {
+                    let mut fresh = Scratch::default();
+                    let scratch = if again { &mut shared } else { &mut fresh };
+                    let (mut message, mut offset) = (detector.begin("s"), 0);
+                    for (text, jump) in &pieces {
+                        offset += jump;
+                        message.text(USER, text.as_bytes(), offset, 1 << 14, scratch);
+                        offset += text.len() as u64;
+                    }
+                    if whole {
+                        message.whole(TARGET, b"POST /v1/chat/completions", 3, 1 << 14, scratch);
+                    }
+                    message.end_unit(USER, scratch);
+                    detector.finish(message, None)
+                });
+                prop_assert_eq!(&verdicts[0], &verdicts[1]);
+            }
+        }
+
         #[test]
         fn every_interleaving_and_split_gives_one_verdict(
             user in "[a-z0-9 ;'=]{0,80}",

@@ -377,6 +377,12 @@ impl Scratch {
         }
     }
 
+    /// Keeps no text to look up from now on, and forgets what it kept: every text is scored anew, with the same
+    /// result. For who may not keep traffic in memory, or let anyone measure whether a text came before.
+    pub fn score_anew(&mut self) {
+        self.memo = Memo::off();
+    }
+
     /// How many bytes were scored by looking up what they had come to before.
     pub fn known_bytes(&self) -> u64 {
         self.known_bytes
@@ -1482,7 +1488,18 @@ mod tests {
             len += text.len() as u64;
             score_in(&model, text.as_bytes(), &[], 0, &mut scratch);
         }
-        assert!(scratch.known_bytes() * 2 > len, "{} of {len}", scratch.known_bytes());
+        let known = scratch.known_bytes();
+        assert!(known * 2 > len, "{known} of {len}");
+        let text = form(0, 19, &[(0, 0), (1, 1), (2, 2), (3, 4)]);
+        let scores = score_in(&model, text.as_bytes(), &[], 0, &mut scratch);
+        assert!(scratch.known_bytes() > known);
+        // Switched off: what was kept is gone, and nothing is kept again.
+        scratch.score_anew();
+        let known = scratch.known_bytes();
+        for _ in 0..4 {
+            assert_eq!(score_in(&model, text.as_bytes(), &[], 0, &mut scratch), scores);
+        }
+        assert_eq!(scratch.known_bytes(), known);
     }
 
     #[test]

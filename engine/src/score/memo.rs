@@ -19,6 +19,8 @@
 //! megabyte once the detours cost more than the look-ups saved. At most 600 KiB for whoever scores,
 //! allocated as text comes again.
 //!
+//! It can be switched off ([`Scratch::score_anew`](super::Scratch::score_anew)).
+//!
 //! Left out on purpose: keeping it in a snapshot. A snapshot holds no text; this holds traffic, in memory
 //! alone and for as long as the process runs. Who measures how long a message takes can tell text that was
 //! scored before from text that was not, as with every cache.
@@ -130,6 +132,8 @@ pub(super) struct Memo {
     /// Open addressing: a state's number + 1; 0 is free.
     index: Vec<u16>,
     gains: [Gain; ACCOUNTS],
+    /// Nothing is kept.
+    off: bool,
     /// How often the states were full: a state's number holds until then.
     pub(super) epoch: u64,
 }
@@ -253,12 +257,17 @@ impl PartialEq for Stretch {
 }
 
 impl Memo {
+    /// One that keeps nothing.
+    pub(super) fn off() -> Self {
+        Self { off: true, ..Self::default() }
+    }
+
     /// Whether texts of this model are worth a look, and if so, whether one was worth it so far; `bytes` come
     /// now.
     #[inline(always)]
     pub(super) fn prospect(&mut self, model: u64, bytes: usize) -> Option<bool> {
         let gain = self.gains.get_mut(model as usize & (ACCOUNTS - 1))?;
-        let look = gain.left_alone == 0;
+        let look = gain.left_alone == 0 && !self.off;
         gain.left_alone = gain.left_alone.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX));
         look.then_some(gain.won >= 0)
     }

@@ -45,6 +45,8 @@ pub struct Config {
     pub max_decoder_bytes: usize,
     /// Request headers that are content units, in lower case.
     pub request_headers: Vec<String>,
+    /// Text that came before is looked up; else it is scored anew and not kept.
+    pub reuse_scores: bool,
     /// Messages that are not inspected because the operator said so.
     pub exclusions: Exclusions,
     /// What becomes of a message that cannot be inspected.
@@ -234,6 +236,7 @@ struct Document<'a> {
     pull: Option<PullText>,
     observations: Option<PostText>,
     request_headers: Vec<String>,
+    reuse_scores: bool,
     exclude: Vec<Exclusion>,
     limits: Limits,
     uninspectable: Uninspectable,
@@ -376,6 +379,7 @@ impl Default for Document<'_> {
             pull: None,
             observations: None,
             request_headers: Vec::new(),
+            reuse_scores: true,
             exclude: Vec::new(),
             limits: Limits::default(),
             uninspectable: Uninspectable::default(),
@@ -581,6 +585,7 @@ impl Document<'_> {
             max_decoded_ratio: limits.max_decoded_ratio,
             max_decoder_bytes: limits.max_decoder_bytes,
             request_headers,
+            reuse_scores: self.reuse_scores,
             exclusions,
             uninspectable: self.uninspectable,
             report: self.report,
@@ -610,6 +615,7 @@ mod tests {
     fn every_knob_reaches_the_settings() {
         let config = Config::parse(
             br#"{"name": "edge", "alpha": 0.01, "learn": {"messages": 400}, "uninspectable": "refuse",
+                 "reuse_scores": false,
                  "exclude": [{"path": "/healthz"}], "share": false,
                  "pull": {"cluster": "c", "authority": "a", "path": "/s/", "sha256": null, "interval_s": 2,
                           "timeout_ms": 3, "max_bytes": 65536},
@@ -650,7 +656,7 @@ mod tests {
             (training.max_ngrams, training.max_table_bytes, training.max_unit_bytes),
             (4096, 65536, 100)
         );
-        assert_eq!(config.uninspectable, Uninspectable::Refuse);
+        assert_eq!((config.uninspectable, config.reuse_scores), (Uninspectable::Refuse, false));
         let report = Report { filter_state: StatePolicy::Never, log: LogPolicy::Always };
         assert_eq!(config.report, report);
         assert!(!config.actions.plan("edge/request/json").tag);

@@ -550,6 +550,24 @@ fn selected_headers_are_units_and_no_others_are() {
 }
 
 #[test]
+fn text_is_kept_to_be_looked_up_unless_it_must_not_be() {
+    let known = |fields: Value| {
+        let mut plugin = configured(fields);
+        let verdicts: Vec<Value> = (0..6)
+            .map(|_| {
+                let mut host = Scripted::chat();
+                pass(&mut plugin, &mut host, &question(7), &answer(7));
+                host.verdict("request").unwrap()
+            })
+            .collect();
+        (verdicts, plugin.detector_mut().scratch().known_bytes())
+    };
+    let (reused, anew) = (known(json!({})), known(json!({"reuse_scores": false})));
+    assert_eq!(reused.0, anew.0);
+    assert!(reused.1 > 0 && anew.1 == 0, "{} and {}", reused.1, anew.1);
+}
+
+#[test]
 fn the_answer_is_read_as_the_api_that_its_request_turned_out_to_be_of() {
     let json = ("content-type", "application/json");
     let asked = |body: &str| {

@@ -3,7 +3,7 @@
 //! Compilation costs seconds for a large filter, and its result can be kept on disk (see `cache`).
 //! Each module has its own wasmtime engine, and with it one thread that advances the engine's epoch
 //! every 10 ms, so that a guest which never returns is stopped; the check costs a load and a compare
-//! per loop iteration. The thread ends with the last VM. NaN bits and relaxed SIMD are made
+//! per loop iteration, a tenth of the filter's time ([`CompileOptions::unwatched`]). The thread ends with the last VM. NaN bits and relaxed SIMD are made
 //! deterministic.
 
 use std::path::PathBuf;
@@ -49,6 +49,9 @@ pub struct CompileOptions {
     /// found is checked against its digest; whoever may write there may run code as this process, so a
     /// directory that others may write to is not used.
     pub cache_directory: Option<PathBuf>,
+    /// Leave out the checks by which a guest that never returns is stopped: the deadlines of
+    /// [`Limits`](super::Limits) then bound nothing. For guests that are one's own and run where somebody can end the process.
+    pub unwatched: bool,
     /// Meter instructions, for [`Limits::callback_fuel`](super::Limits). Costs some 10 % of speed.
     pub fuel: bool,
 }
@@ -75,7 +78,7 @@ impl Module {
             .cranelift_opt_level(OptLevel::Speed)
             .cranelift_nan_canonicalization(true)
             .relaxed_simd_deterministic(true)
-            .epoch_interruption(true)
+            .epoch_interruption(!options.unwatched)
             .consume_fuel(options.fuel);
         let engine = Engine::new(&config).map_err(compile_error)?;
         let (module, cache) = match &options.cache_directory {
@@ -91,9 +94,11 @@ impl Module {
         super::imports::register(&mut linker).map_err(compile_error)?;
         super::wasi::register(&mut linker).map_err(compile_error)?;
         let ready = link(&mut linker, &module)?;
-        start_epoch(&engine).map_err(|error| AbiError::Compile {
-            message: format!("cannot start the watchdog thread: {error}"),
-        })?;
+        if !options.unwatched {
+            start_epoch(&engine).map_err(|error| AbiError::Compile {
+                message: format!("cannot start the watchdog thread: {error}"),
+            })?;
+        }
         Ok(Self { inner: Arc::new(Inner { engine, ready, abi, fuel: options.fuel, cache }) })
     }
 

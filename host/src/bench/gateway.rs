@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::BenchError;
-use super::load::{Asked, Load, start_upstream};
-use super::proxies::{GatewayProcess, PATH, TICK_US, Traffic, processor_ticks, traffic};
+use super::load::{Asked, Load};
+use super::proxies::{GatewayProcess, PATH, TICK_US, processor_ticks, traffic};
 use super::rounds::median;
 use crate::envoy::{self, Envoy, EnvoyOptions};
 use crate::replay::find_filter;
@@ -165,15 +165,16 @@ pub fn run(args: &Args) -> Result<(), BenchError> {
 /// [`BenchError`] when a part is missing or a proxy answers wrongly.
 pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     let wasm = find_filter(args.filter.as_deref());
-    let Traffic { plugin_configuration: configuration, asked } = traffic()?;
-    let upstream = start_upstream(&asked)?;
+    let traffic = traffic()?;
+    let (configuration, asked) = (&traffic.plugin_configuration, traffic.both_ways());
+    let upstream = traffic.upstream()?.address;
     let folder = tempfile::tempdir()?;
     let envoy_options = EnvoyOptions {
         plugin_configuration: configuration.clone(),
         ..EnvoyOptions::new(envoy::find_binary(args.envoy.as_deref())?, wasm.clone(), upstream)
     };
     let envoy = Envoy::start(&envoy_options)?;
-    let gateway = GatewayProcess::start(folder.path(), &wasm, &configuration, upstream)?;
+    let gateway = GatewayProcess::start(folder.path(), &wasm, configuration, upstream)?;
     let mean = |bytes: fn(&Asked) -> usize| asked.iter().map(bytes).sum::<usize>() / asked.len().max(1);
     let mut result = Comparison {
         idle_bytes: gateway.resident_bytes()?,
@@ -182,7 +183,7 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
         response_bytes: mean(Asked::expected_bytes),
         ..Comparison::default()
     };
-    let load = Load { asked: &asked, connections: args.connections.max(1) };
+    let load = Load { asked, connections: args.connections.max(1) };
     let proxies = [("gateway", gateway.address, gateway.pid()), ("Envoy", envoy.listen(), envoy.pid())];
     let (mut ticks, mut requests) = ([0; 2], [0; 2]);
     // A first round of each warms caches and is not counted.

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::BenchError;
 use super::rounds::{Turns, by_turns, median};
-use crate::abi::Module;
+use crate::abi::{CompileOptions, Module};
 use crate::capture::{Exchange, Kind, Row};
 use crate::eval::protocol::{Sample, Split};
 use crate::replay::wasm::WasmReplay;
@@ -134,7 +134,10 @@ pub(super) fn in_wasm(filter: &Path, exchanges: &[Exchange], budget: Duration) -
     let quiet = json!({"alpha": 0.02, "learn": null, "report": {"log": "never"}});
     let configuration = with_baseline(&quiet, Some(&snapshot));
     let mut plugin = Plugin::new(config(&configuration)?);
-    let module = Module::compile(&std::fs::read(filter)?).map_err(replay::ReplayError::from)?;
+    // As a replay compiles it, and as V8 does: without checks for guests that never return.
+    let options = CompileOptions { unwatched: true, ..CompileOptions::default() };
+    let module =
+        Module::compile_with(&std::fs::read(filter)?, &options).map_err(replay::ReplayError::from)?;
     let mut vm = WasmReplay::start(&module, configuration).map_err(replay::ReplayError::from)?;
 
     // Those that are judged, since scoring is what is compared.

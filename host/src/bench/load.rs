@@ -7,13 +7,15 @@
 //!
 //! [`closed_loop`] asks again as soon as it has its answer and counts; [`paced`] sends by the clock and
 //! counts from the time a request was due, so a proxy that stalls pays for every request that had to wait.
+//! [`Caller`] asks one at a time and says when each part of the answer came; an answer that is a stream has its
+//! first event sent, and the rest a little later.
 //!
 //! Left out on purpose: pipelining, TLS and HTTP/2, which would measure other people's libraries.
 
 use std::io::{self, Read, Write};
 use std::iter::Cycle;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{slice, thread};
 
@@ -25,11 +27,16 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// Header by which a request says which answer it wants.
 const NUMBER: &str = "x-exchange";
 
+/// How long an upstream waits behind the first event of a stream.
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// A request as a client sends it, and the body that has to come back.
 #[derive(Debug)]
 pub(super) struct Asked {
     request: Vec<u8>,
     expected: Vec<u8>,
+    /// The answer is a stream of events, of which the first ends here.
+    first_event: Option<usize>,
 }
 
 impl Asked {
@@ -52,42 +59,81 @@ pub(super) fn asked(path: &str, bodies: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<Asked> {
              {NUMBER}: {number}\r\ncontent-length: {}\r\n\r\n",
             body.len()
         );
-        Asked { request: [head.as_bytes(), &body].concat(), expected }
+        let first_event = first_event(&expected);
+        Asked { request: [head.as_bytes(), &body].concat(), expected, first_event }
     };
     bodies.into_iter().enumerate().map(wire).collect()
 }
 
-/// An upstream that answers each request as it asks for, as long as this process lives.
-pub(super) fn start_upstream(asked: &[Asked]) -> io::Result<SocketAddr> {
-    let listener = TcpListener::bind(("127.0.0.1", 0))?;
-    let address = listener.local_addr()?;
-    let answer = |asked: &Asked| {
-        let head = format!(
-            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
-            asked.expected.len()
-        );
-        [head.as_bytes(), &asked.expected].concat()
-    };
-    let answers: Arc<[Vec<u8>]> = asked.iter().map(answer).collect();
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let answers = answers.clone();
-            // It ends with its connection.
-            thread::spawn(move || answer_all(stream, &answers));
-        }
-    });
-    Ok(address)
+/// Where the first event of a stream ends (WHATWG HTML, section 9.2.5); nowhere in what is no stream.
+fn first_event(body: &[u8]) -> Option<usize> {
+    let begins = [&b"data:"[..], b"event:", b"id:", b":"].iter().any(|field| body.starts_with(field));
+    let end = memchr::memmem::find(body, b"\n\n")? + 2;
+    (begins && end < body.len()).then_some(end)
 }
 
-fn answer_all(stream: TcpStream, answers: &[Vec<u8>]) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let mut messages = Messages::new(stream);
-    while let Some(message) = messages.next()? {
-        let number = field(message.head, NUMBER.as_bytes()).and_then(|number| number.parse().ok());
-        let answer = answers.get(number.unwrap_or(0)).ok_or_else(broken)?;
-        messages.stream.write_all(answer)?;
+/// An upstream that answers each request as it asks for, as long as this process lives.
+#[derive(Clone, Debug)]
+pub(super) struct Upstream {
+    pub(super) address: SocketAddr,
+    /// When an answer was last sent.
+    answered: Arc<Mutex<Instant>>,
+}
+
+struct Answer {
+    bytes: Vec<u8>,
+    /// The rest is sent a little later.
+    first: usize,
+}
+
+impl Upstream {
+    pub(super) fn start(asked: &[Asked]) -> io::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        let address = listener.local_addr()?;
+        let answer = |asked: &Asked| {
+            let content_type =
+                if asked.first_event.is_some() { "text/event-stream" } else { "application/json" };
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ncontent-length: {}\r\n\r\n",
+                asked.expected.len()
+            );
+            let first = head.len() + asked.first_event.unwrap_or(asked.expected.len());
+            Answer { bytes: [head.as_bytes(), &asked.expected].concat(), first }
+        };
+        let answers: Arc<[Answer]> = asked.iter().map(answer).collect();
+        let upstream = Self { address, answered: Arc::new(Mutex::new(Instant::now())) };
+        let shared = upstream.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (answers, shared) = (answers.clone(), shared.clone());
+                // It ends with its connection.
+                thread::spawn(move || shared.answer_all(stream, &answers));
+            }
+        });
+        Ok(upstream)
     }
-    Ok(())
+
+    fn answer_all(&self, stream: TcpStream, answers: &[Answer]) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let mut messages = Messages::new(stream);
+        while let Some(message) = messages.next()? {
+            let number = field(message.head, NUMBER.as_bytes()).and_then(|number| number.parse().ok());
+            let Answer { bytes, first } = answers.get(number.unwrap_or(0)).ok_or_else(broken)?;
+            let (first, rest) = bytes.split_at(*first);
+            *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            messages.stream.write_all(first)?;
+            if !rest.is_empty() {
+                thread::sleep(PAUSE);
+                messages.stream.write_all(rest)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// When an answer was last sent: the one that a client has just got, if it alone asks.
+    fn answered(&self) -> Instant {
+        *self.answered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A message without its framing.
@@ -113,12 +159,20 @@ impl Messages {
 
     /// The next message; `None` at a clean end.
     fn next(&mut self) -> io::Result<Option<Message<'_>>> {
+        match self.head()? {
+            Some(head) => self.behind(head).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Where the next message's head ends; `None` at a clean end.
+    fn head(&mut self) -> io::Result<Option<usize>> {
         self.buffer.drain(..std::mem::take(&mut self.taken));
         let mut searched: usize = 0;
-        let head = loop {
+        loop {
             let from = searched.saturating_sub(3);
             if let Some(at) = memchr::memmem::find(&self.buffer[from..], b"\r\n\r\n") {
-                break from + at + 4;
+                return Ok(Some(from + at + 4));
             }
             searched = self.buffer.len();
             if !self.fill()? {
@@ -128,21 +182,25 @@ impl Messages {
                     Err(io::ErrorKind::UnexpectedEof.into())
                 };
             }
-        };
+        }
+    }
+
+    /// The message whose head ends there.
+    fn behind(&mut self, head: usize) -> io::Result<Message<'_>> {
         match field(&self.buffer[..head], b"content-length") {
             Some(length) => {
                 let length: usize = length.parse().map_err(|_| broken())?;
                 self.reach(head + length)?;
                 self.taken = head + length;
-                Ok(Some(Message { head: &self.buffer[..head], body: &self.buffer[head..self.taken] }))
+                Ok(Message { head: &self.buffer[..head], body: &self.buffer[head..self.taken] })
             }
             None if field(&self.buffer[..head], b"transfer-encoding").is_some() => {
                 self.join(head)?;
-                Ok(Some(Message { head: &self.buffer[..head], body: &self.joined }))
+                Ok(Message { head: &self.buffer[..head], body: &self.joined })
             }
             None => {
                 self.taken = head;
-                Ok(Some(Message { head: &self.buffer[..head], body: &[] }))
+                Ok(Message { head: &self.buffer[..head], body: &[] })
             }
         }
     }
@@ -215,15 +273,21 @@ impl<'a> Client<'a> {
         Ok(Self { messages: Messages::new(stream), asked })
     }
 
-    fn ask(&mut self) -> io::Result<()> {
-        let Asked { request, expected } =
+    /// Asks the next and waits for all of its answer; returns when the first byte of its body was here.
+    fn ask(&mut self) -> io::Result<Instant> {
+        let Asked { request, expected, .. } =
             self.asked.next().ok_or_else(|| io::Error::other("there is nothing to ask"))?;
         self.messages.stream.write_all(request)?;
-        let Some(Message { head, body }) = self.messages.next()? else {
+        let Some(head) = self.messages.head()? else {
             return Err(io::Error::other("it closes the connection"));
         };
+        if !expected.is_empty() {
+            self.messages.reach(head + 1)?;
+        }
+        let first_byte = Instant::now();
+        let Message { head, body } = self.messages.behind(head)?;
         if head.get(9..12) == Some(b"200") && body == *expected {
-            return Ok(());
+            return Ok(first_byte);
         }
         let head = String::from_utf8_lossy(head);
         let status = head.lines().next().unwrap_or_default();
@@ -232,6 +296,47 @@ impl<'a> Client<'a> {
             body.len(),
             expected.len()
         )))
+    }
+}
+
+/// What one request took.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Took {
+    /// From its first byte sent to the last one of the answer.
+    pub(super) whole: Duration,
+    /// From its first byte sent to the first one of the answer's body.
+    pub(super) to_first_byte: Duration,
+    /// Of that, what went by since the upstream answered.
+    pub(super) first_byte: Duration,
+}
+
+/// A client who asks one at a time, while nobody else asks.
+pub(super) struct Caller<'a> {
+    proxy: &'static str,
+    upstream: &'a Upstream,
+    client: Client<'a>,
+}
+
+impl<'a> Caller<'a> {
+    pub(super) fn connect(
+        proxy: &'static str,
+        address: SocketAddr,
+        upstream: &'a Upstream,
+        asked: &'a [Asked],
+    ) -> io::Result<Self> {
+        Ok(Self { proxy, upstream, client: Client::connect(address, asked.iter().cycle())? })
+    }
+
+    /// Asks the next.
+    pub(super) fn ask(&mut self) -> Result<Took, BenchError> {
+        let begin = Instant::now();
+        let wrong = |error: io::Error| BenchError::Answer { proxy: self.proxy, what: error.to_string() };
+        let first_byte = self.client.ask().map_err(wrong)?;
+        Ok(Took {
+            whole: begin.elapsed(),
+            to_first_byte: first_byte.saturating_duration_since(begin),
+            first_byte: first_byte.saturating_duration_since(self.upstream.answered()),
+        })
     }
 }
 
@@ -352,7 +457,7 @@ mod tests {
             asked("/", vec![(b"{}".to_vec(), b"right".to_vec()), (b"[]".to_vec(), b"right".to_vec())]);
         let load = Load { asked: &asked, connections: 2 };
         let (brief, name) = (Duration::from_millis(500), "a proxy");
-        let upstream = start_upstream(&asked).unwrap();
+        let upstream = Upstream::start(&asked).unwrap().address;
         let (rate, count) = load.closed_loop(name, upstream, brief).unwrap();
         assert!(count > 2 && rate > 0.0, "{rate} {count}");
         assert_eq!(load.paced(name, upstream, 100.0, brief).unwrap().len(), 50);

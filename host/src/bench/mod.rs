@@ -1,6 +1,6 @@
 //! `driftlock bench`: how fast everything is, each beside what it is compared with, in one run.
 //!
-//! What: seven ratios and a few figures, printed as a table or as JSON.
+//! What: eight ratios and a few figures, printed as a table or as JSON.
 //! - `score_vs_zstd3_dict`, `score_vs_zstd3_dict_llm`: MB/s of scoring as a multiple of zstd's, over short
 //!   messages and over LLM bodies (`scoring`).
 //! - `permutation_vs_recompression`: how many times as fast a verdict with 1,000 permutations is over frozen
@@ -9,6 +9,8 @@
 //!   inspection (`inspection`).
 //! - `envoy_rps_vs_noop_filter`, `envoy_rps_vs_no_filter`, `gateway_rps_vs_envoy`: requests a second
 //!   (`proxies`).
+//! - `envoy_first_byte_vs_noop`: how many times as long a stream's first byte takes from the upstream to the
+//!   client (`latency`).
 //!
 //! Nothing is a constant, and nothing fast and wrong passes: each piece knows its expected answer and the
 //! run fails where another comes out. What cannot be measured for want of a part is null, and `missing`
@@ -23,6 +25,7 @@
 mod corpus;
 pub mod gateway;
 mod inspection;
+mod latency;
 mod load;
 mod proxies;
 mod record;
@@ -128,6 +131,9 @@ pub struct Ratios {
     pub envoy_rps_vs_no_filter: Option<f64>,
     /// The gateway with Driftlock to Envoy with Driftlock.
     pub gateway_rps_vs_envoy: Option<f64>,
+    /// A stream's first byte from the upstream to the client, through Envoy with Driftlock to Envoy with a filter
+    /// that only reads and holds nothing.
+    pub envoy_first_byte_vs_noop: Option<f64>,
 }
 
 /// What was measured in absolute terms, on this machine.
@@ -159,6 +165,14 @@ pub struct Figures {
     pub wasm_mb_per_s: Option<f64>,
     /// Resident set of the gateway with one filter and its baseline, before the first request.
     pub gateway_idle_bytes: Option<u64>,
+    /// What Driftlock adds, in Envoy, to the time of a request with 4 KiB of JSON, beside a filter that only reads.
+    pub envoy_added_us_4k: Option<f64>,
+    /// That request through Envoy with Driftlock.
+    pub envoy_us_4k: Option<f64>,
+    /// A stream's first byte from the upstream to the client, through Envoy with Driftlock.
+    pub envoy_first_byte_us: Option<f64>,
+    /// From sending the request, of 2 KiB, to that byte, as a multiple of the same with the filter that only reads.
+    pub envoy_request_to_first_byte_vs_noop: Option<f64>,
 }
 
 /// One proxy's figures.
@@ -210,6 +224,8 @@ struct Budget {
     replays: usize,
     rounds: usize,
     round: Duration,
+    /// Of the latencies.
+    turns: usize,
 }
 
 impl Budget {
@@ -217,7 +233,15 @@ impl Budget {
         let ms = Duration::from_millis;
         if args.smoke {
             let least = Duration::ZERO;
-            Self { scoring: least, permutation: least, wasm: least, replays: 1, rounds: 1, round: ms(150) }
+            Self {
+                scoring: least,
+                permutation: least,
+                wasm: least,
+                replays: 1,
+                rounds: 1,
+                round: ms(150),
+                turns: 1,
+            }
         } else if args.quick {
             Self {
                 scoring: ms(3000),
@@ -226,6 +250,7 @@ impl Budget {
                 replays: 3,
                 rounds: 5,
                 round: ms(700),
+                turns: 15,
             }
         } else {
             Self {
@@ -235,6 +260,7 @@ impl Budget {
                 replays: 9,
                 rounds: 11,
                 round: ms(3000),
+                turns: 75,
             }
         }
     }
@@ -300,21 +326,13 @@ pub fn measure(args: &Args) -> Result<Report, BenchError> {
 
     let filter = find_filter(args.filter.as_deref());
     let Ok(metadata) = std::fs::metadata(&filter) else {
-        missing.push(Missing {
-            keys: &[
-                "wasm_vs_native",
-                "filter_wasm_bytes",
-                "vm_memory_bytes",
-                "envoy_rps_vs_noop_filter",
-                "envoy_rps_vs_no_filter",
-                "gateway_rps_vs_envoy",
-                "gateway_idle_bytes",
-            ],
-            reason: format!(
-                "there is no filter {}; build it with `cargo xtask build` or give --filter",
-                filter.display()
-            ),
-        });
+        let reason = format!(
+            "there is no filter {}; build it with `cargo xtask build` or give --filter",
+            filter.display()
+        );
+        let of_wasm = &["wasm_vs_native", "filter_wasm_bytes", "vm_memory_bytes"];
+        missing.push(Missing { keys: of_wasm, reason: reason.clone() });
+        missing.push(Missing { keys: OF_PROXIES, reason });
         return Ok(report(args, &corpora, ratios, figures, Vec::new(), missing));
     };
     figures.filter_wasm_bytes = Some(metadata.len());
@@ -330,20 +348,25 @@ pub fn measure(args: &Args) -> Result<Report, BenchError> {
             // What is there must be right; what is not there must not cost the other figures.
             BenchError::Wrong { .. } | BenchError::Answer { .. } => Err(error),
             error => {
-                missing.push(Missing {
-                    keys: &[
-                        "envoy_rps_vs_noop_filter",
-                        "envoy_rps_vs_no_filter",
-                        "gateway_rps_vs_envoy",
-                        "gateway_idle_bytes",
-                    ],
-                    reason: error.to_string(),
-                });
+                missing.push(Missing { keys: OF_PROXIES, reason: error.to_string() });
                 Ok(Vec::new())
             }
         })?;
     Ok(report(args, &corpora, ratios, figures, proxies, missing))
 }
+
+/// What is measured through proxies.
+const OF_PROXIES: &[&str] = &[
+    "envoy_rps_vs_noop_filter",
+    "envoy_rps_vs_no_filter",
+    "gateway_rps_vs_envoy",
+    "gateway_idle_bytes",
+    "envoy_first_byte_vs_noop",
+    "envoy_added_us_4k",
+    "envoy_us_4k",
+    "envoy_first_byte_us",
+    "envoy_request_to_first_byte_vs_noop",
+];
 
 fn through_proxies(
     args: &Args,
@@ -354,11 +377,16 @@ fn through_proxies(
 ) -> Result<Vec<ProxyFigures>, BenchError> {
     let binary = find_binary(args.envoy.as_deref())?;
     let filter = std::path::absolute(filter)?;
-    let measured = proxies::measure(binary, &filter, budget.rounds, budget.round)?;
+    let measured = proxies::measure(binary, &filter, budget.rounds, budget.round, budget.turns)?;
     for ratio in [
         (&mut ratios.envoy_rps_vs_no_filter, measured.vs_no_filter),
         (&mut ratios.envoy_rps_vs_noop_filter, measured.vs_noop_filter),
         (&mut ratios.gateway_rps_vs_envoy, measured.gateway_vs_envoy),
+        (&mut ratios.envoy_first_byte_vs_noop, measured.first_byte.ratio),
+        (&mut figures.envoy_added_us_4k, measured.request.added_us),
+        (&mut figures.envoy_us_4k, measured.request.driftlock_us),
+        (&mut figures.envoy_first_byte_us, measured.first_byte.driftlock_us),
+        (&mut figures.envoy_request_to_first_byte_vs_noop, measured.to_first_byte.ratio),
     ] {
         *ratio.0 = rounded(ratio.1);
     }
@@ -420,6 +448,10 @@ fn print(report: &Report) {
         ("Envoy: Driftlock to a filter that only reads", number(ratios.envoy_rps_vs_noop_filter, 2)),
         ("Envoy: Driftlock to no filter", number(ratios.envoy_rps_vs_no_filter, 2)),
         ("gateway to Envoy, both with Driftlock", number(ratios.gateway_rps_vs_envoy, 2)),
+        (
+            "first byte of a stream: Driftlock to a filter that only reads",
+            number(ratios.envoy_first_byte_vs_noop, 2),
+        ),
         ("replay, messages/s on one thread", number(figures.replay_messages_per_s_1_thread, 0)),
         ("replay, two threads to one", number(figures.replay_two_threads_vs_one, 2)),
         ("scoring, MB/s of short messages", number(figures.score_mb_per_s, 1)),
@@ -433,6 +465,13 @@ fn print(report: &Report) {
         ("filter's module", mib(figures.filter_wasm_bytes)),
         ("a VM's memory after the load", mib(figures.vm_memory_bytes)),
         ("gateway's memory, idle", mib(figures.gateway_idle_bytes)),
+        ("Envoy, us that Driftlock adds to a request of 4 KiB", number(figures.envoy_added_us_4k, 0)),
+        ("Envoy with Driftlock, us of that request", number(figures.envoy_us_4k, 0)),
+        ("Envoy with Driftlock, us of a stream's first byte", number(figures.envoy_first_byte_us, 0)),
+        (
+            "from request to that byte: Driftlock to a filter that only reads",
+            number(figures.envoy_request_to_first_byte_vs_noop, 2),
+        ),
     ];
     let mut table = Table::new();
     table.load_style(presets::NOTHING);

@@ -15,7 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::load::{Asked, Load, asked, start_upstream};
+use super::latency::{Beside, beside};
+use super::load::{Asked, Load, Upstream, asked};
 use super::rounds::median;
 use super::{BenchError, ProxyFigures};
 use crate::capture::Exchange;
@@ -27,6 +28,8 @@ use crate::train::{TrainError, train, with_baseline};
 const EXCHANGES: usize = 100;
 /// About the size of the messages, in bytes.
 const BODY_BYTES: usize = 2048;
+/// The same of those whose latency is taken.
+const LATENCY_BODY_BYTES: usize = 4096;
 pub(super) const PATH: &str = "/v1/chat/completions";
 /// What Linux counts processor time in, everywhere.
 pub(super) const TICK_US: f64 = 10_000.0;
@@ -36,31 +39,64 @@ const CONNECTIONS: usize = 8;
 pub(super) struct Traffic {
     /// With a baseline in it.
     pub(super) plugin_configuration: Vec<u8>,
-    pub(super) asked: Vec<Asked>,
+    /// Bodies of one size both ways; then requests of twice that without a body in the answer; then streams.
+    asked: Vec<Asked>,
+    /// How many of those are the first, and the first and second.
+    parts: [usize; 2],
+}
+
+impl Traffic {
+    /// An upstream that answers all of it.
+    pub(super) fn upstream(&self) -> io::Result<Upstream> {
+        Upstream::start(&self.asked)
+    }
+
+    /// Bodies of about 2 KiB both ways.
+    pub(super) fn both_ways(&self) -> &[Asked] {
+        &self.asked[..self.parts[0]]
+    }
+
+    /// Requests of about 4 KiB, answered without a body.
+    fn requests(&self) -> &[Asked] {
+        &self.asked[self.parts[0]..self.parts[1]]
+    }
+
+    /// Requests of about 2 KiB that are answered by a stream.
+    fn streams(&self) -> &[Asked] {
+        &self.asked[self.parts[1]..]
+    }
 }
 
 /// The generated messages nearest to the size, and a baseline of the others.
 pub(super) fn traffic() -> Result<Traffic, BenchError> {
     let traffic = synth::generate(&SynthOptions { count: 2500, ..SynthOptions::default() });
     let exchanges: Vec<Exchange> = traffic.into_iter().map(|labelled| labelled.exchange).collect();
-    let far = |body: &[u8]| body.len().abs_diff(BODY_BYTES);
+    let far = |body: &[u8], bytes: usize| body.len().abs_diff(bytes);
     let chats = || exchanges.iter().filter(|exchange| exchange.request.target.starts_with(PATH));
-    let nearest = |mut bodies: Vec<Vec<u8>>| {
-        bodies.sort_by_key(|body| far(body));
+    let nearest = |mut bodies: Vec<Vec<u8>>, bytes: usize| {
+        bodies.sort_by_key(|body| far(body, bytes));
         bodies.truncate(EXCHANGES);
         bodies
     };
-    let requests = nearest(chats().map(|it| it.request.body.clone()).collect());
-    let responses = chats().filter_map(|it| it.response.as_ref()).map(|response| response.body.clone());
-    let responses = nearest(responses.filter(|body| body.starts_with(b"{")).collect());
-    let asked = asked(PATH, requests.into_iter().zip(responses).collect());
-    if asked.is_empty() {
+    let requests = |bytes| nearest(chats().map(|it| it.request.body.clone()).collect(), bytes);
+    let answered =
+        || chats().filter_map(|it| Some((it.request.body.clone(), it.response.as_ref()?.body.clone())));
+    let answers = answered().map(|(_, answer)| answer).filter(|answer| answer.starts_with(b"{"));
+    let answers = nearest(answers.collect(), BODY_BYTES);
+    let both_ways: Vec<_> = requests(BODY_BYTES).into_iter().zip(answers).collect();
+    let alone = requests(LATENCY_BODY_BYTES).into_iter().map(|request| (request, Vec::new()));
+    let mut streams: Vec<_> = answered().filter(|(_, answer)| answer.starts_with(b"data:")).collect();
+    streams.sort_by_key(|(request, _)| far(request, BODY_BYTES));
+    streams.truncate(EXCHANGES);
+    if both_ways.is_empty() || streams.is_empty() {
         return Err(io::Error::other("the generator made no chat").into());
     }
+    let parts = [both_ways.len(), both_ways.len() + alone.len()];
+    let asked = asked(PATH, both_ways.into_iter().chain(alone).chain(streams).collect());
     let config = driftlock_inspect::config::Config::parse(b"").map_err(TrainError::from)?;
     let snapshot = train(exchanges, config, 1)?.snapshot.encode();
     let configuration = serde_json::json!({"report": {"log": "never"}});
-    Ok(Traffic { plugin_configuration: with_baseline(&configuration, Some(&snapshot)), asked })
+    Ok(Traffic { plugin_configuration: with_baseline(&configuration, Some(&snapshot)), asked, parts })
 }
 
 /// What came of all rounds: medians of their ratios, and each proxy's own figures.
@@ -69,6 +105,12 @@ pub(super) struct Measured {
     pub(super) vs_noop_filter: f64,
     pub(super) gateway_vs_envoy: f64,
     pub(super) gateway_idle_bytes: u64,
+    /// Until the answer to a request of 4 KiB is here.
+    pub(super) request: Beside,
+    /// From a stream's first event to its first byte at the client.
+    pub(super) first_byte: Beside,
+    /// From the request to that.
+    pub(super) to_first_byte: Beside,
     pub(super) proxies: Vec<ProxyFigures>,
 }
 
@@ -98,6 +140,7 @@ impl Target {
 
 const NO_FILTER: &str = "Envoy without a filter";
 const NOOP: &str = "Envoy, filter that only reads";
+const PASSING: &str = "Envoy, filter that only reads and holds nothing";
 const ENVOY: &str = "Envoy, Driftlock";
 const GATEWAY: &str = "gateway, Driftlock";
 
@@ -107,22 +150,26 @@ pub(super) fn measure(
     filter: &Path,
     rounds: usize,
     round: Duration,
+    turns: usize,
 ) -> Result<Measured, BenchError> {
-    let Traffic { plugin_configuration, asked } = traffic()?;
-    let upstream = start_upstream(&asked)?;
+    let traffic = traffic()?;
+    let plugin_configuration = &traffic.plugin_configuration;
+    let upstream = traffic.upstream()?;
     let folder = tempfile::tempdir()?;
     let noop = folder.path().join("noop.wasm");
     let module =
         wat::parse_str(include_str!("noop.wat")).map_err(|error| io::Error::other(error.to_string()))?;
     std::fs::write(&noop, module)?;
-    let with = |wasm| EnvoyOptions::new(binary.clone(), wasm, upstream);
+    let with = |wasm| EnvoyOptions::new(binary.clone(), wasm, upstream.address);
     let without_filter = Envoy::start(&EnvoyOptions { wasm: None, ..with(PathBuf::new()) })?;
-    let reading = Envoy::start(&with(noop))?;
+    let reading = Envoy::start(&with(noop.clone()))?;
+    let passing = EnvoyOptions { plugin_configuration: b"hold nothing".to_vec(), ..with(noop) };
+    let passing = Envoy::start(&passing)?;
     let envoy = Envoy::start(&EnvoyOptions {
         plugin_configuration: plugin_configuration.clone(),
         ..with(filter.to_owned())
     })?;
-    let gateway = GatewayProcess::start(folder.path(), filter, &plugin_configuration, upstream)?;
+    let gateway = GatewayProcess::start(folder.path(), filter, plugin_configuration, upstream.address)?;
     let gateway_idle_bytes = gateway.resident_bytes()?;
     let mut targets = [
         Target::new(NO_FILTER, without_filter.listen(), without_filter.pid()),
@@ -130,7 +177,7 @@ pub(super) fn measure(
         Target::new(ENVOY, envoy.listen(), envoy.pid()),
         Target::new(GATEWAY, gateway.address, gateway.pid()),
     ];
-    let load = Load { asked: &asked, connections: CONNECTIONS };
+    let load = Load { asked: traffic.both_ways(), connections: CONNECTIONS };
     for target in &targets {
         // It warms caches and is not counted.
         load.closed_loop(target.name, target.address, round / 3)?;
@@ -144,6 +191,15 @@ pub(super) fn measure(
     }
     let through_envoy = targets.iter().find(|target| target.name == ENVOY);
     require_inspection(&envoy, through_envoy.map_or(0, |target| target.requests))?;
+    let driftlock = (ENVOY, envoy.listen());
+    let on_streams = |of| {
+        let reading = (PASSING, passing.listen());
+        beside(driftlock, reading, &upstream, traffic.streams(), turns, of)
+    };
+    let reading = (NOOP, reading.listen());
+    let request = beside(driftlock, reading, &upstream, traffic.requests(), turns, |took| took.whole)?;
+    let (first_byte, to_first_byte) =
+        (on_streams(|took| took.first_byte)?, on_streams(|took| took.to_first_byte)?);
     let rates = |name: &str| {
         targets.iter().find(|target| target.name == name).map_or(&[][..], |target| &target.rates)
     };
@@ -160,6 +216,9 @@ pub(super) fn measure(
         vs_noop_filter: ratio(ENVOY, NOOP),
         gateway_vs_envoy: ratio(GATEWAY, ENVOY),
         gateway_idle_bytes,
+        request,
+        first_byte,
+        to_first_byte,
         proxies: [NO_FILTER, NOOP, ENVOY, GATEWAY].iter().filter_map(figures).collect(),
     })
 }

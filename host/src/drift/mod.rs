@@ -146,7 +146,7 @@ pub(crate) struct Inspected {
 /// and reports to filter state.
 pub(crate) fn messages(plugin: &mut Plugin, exchange: &Exchange) -> Vec<Inspected> {
     let verdicts = native::inspect(plugin, exchange);
-    let texts = unit_texts(exchange);
+    let texts = unit_texts(exchange, plugin.selected_headers());
     let mut messages = Vec::new();
     for (json, texts) in [verdicts.request, verdicts.response].into_iter().zip(texts) {
         let verdict: Value = json.and_then(|json| serde_json::from_str(&json).ok()).unwrap_or_default();

@@ -27,7 +27,7 @@ use crate::capture::{self, CaptureError, Exchange, Headers};
 use crate::replay::{native, wire};
 use crate::train::{ConfigurationError, plugin_configuration};
 
-pub use terminal::{excerpt, render};
+pub use terminal::{Shown, excerpt, render};
 
 /// Arguments of `driftlock explain`.
 #[derive(Clone, Debug, clap::Args)]
@@ -153,28 +153,36 @@ fn decoded(headers: &Headers, body: &[u8]) -> Vec<u8> {
     text
 }
 
-/// The texts of the request's and the response's units, as the filter reads them.
-pub fn unit_texts(exchange: &Exchange) -> [Vec<UnitText>; 2] {
+/// The texts of the request's and the response's units, as the filter reads them; of the request's headers
+/// those that `selected` names (`request_headers` of the plugin configuration).
+pub fn unit_texts(exchange: &Exchange, selected: &[String]) -> [Vec<UnitText>; 2] {
     let request = &exchange.request;
     let mut texts = Texts::default();
     let target = Unit { role: Role::Target, index: 0 };
     texts.text(target, format!("{} {}", request.method, request.target).as_bytes(), 0);
-    let read = |parser: Result<BodyParser, _>, headers: &Headers, body: &[u8], texts: &mut Texts| {
-        if let Ok(mut parser) = parser {
-            parser.push(&decoded(headers, body), texts);
-            // A body that breaks off is shown as far as it goes; the verdict names the reason.
-            let _ = parser.finish(texts);
+    for (name, index) in selected.iter().zip(0..) {
+        if let Some(value) = capture::header(&request.headers, name) {
+            let header = Unit { role: Role::Header, index };
+            texts.text(header, format!("{name}: {value}").as_bytes(), 0);
         }
+    }
+    // Returns the API that the body turned out to be of.
+    let read = |parser: Result<BodyParser, _>, headers: &Headers, body: &[u8], texts: &mut Texts| {
+        let mut parser = parser.ok()?;
+        parser.push(&decoded(headers, body), texts);
+        // A body that breaks off is shown as far as it goes; the verdict names the reason.
+        let _ = parser.finish(texts);
+        Some(parser.style()).filter(|style| style.has_schema())
     };
     let content_type =
         |headers: &Headers| capture::header(headers, "content-type").map(|v| v.as_bytes().to_vec());
     let path = request.target.as_bytes();
     let parser = BodyParser::for_request(path, content_type(&request.headers).as_deref());
-    read(parser, &request.headers, &request.body, &mut texts);
+    let told = read(parser, &request.headers, &request.body, &mut texts);
     let mut answers = Texts::default();
     if let Some(response) = &exchange.response {
-        let parser =
-            BodyParser::for_response(ApiStyle::of_path(path), content_type(&response.headers).as_deref());
+        let style = ApiStyle::of_path(path).or(told);
+        let parser = BodyParser::for_response(style, content_type(&response.headers).as_deref());
         read(parser, &response.headers, &response.body, &mut answers);
     }
     [texts.0, answers.0]
@@ -233,7 +241,7 @@ fn likeliest(baseline: &StreamBaseline, unit: &UnitText, span: &Span) -> Option<
 pub fn run(args: &Args) -> Result<(), ExplainError> {
     let configuration = plugin_configuration(args.config.as_deref(), Some(&args.baseline))?;
     let config = Config::parse(&configuration)?;
-    let snapshot = config.snapshot.clone();
+    let (snapshot, selected) = (config.snapshot.clone(), config.request_headers.clone());
     let mut plugin = Plugin::new(config);
     let asked = args.id.is_some() || args.line.is_some();
     for (line, recorded) in (1..).zip(capture::exchanges(&args.file)?) {
@@ -265,16 +273,14 @@ pub fn run(args: &Args) -> Result<(), ExplainError> {
             continue;
         }
         compare_with_recorded(args, line, &verdicts)?;
+        let texts = unit_texts(&exchange, &selected);
         let Some(path) = &args.html else {
-            anstream::print!(
-                "{}",
-                render(&exchange, &verdicts, &sentences, &snapshot, args.all, args.max_bytes)
-            );
+            let shown = Shown { all: args.all, max_bytes: args.max_bytes };
+            anstream::print!("{}", render(&exchange.id, &texts, &verdicts, &sentences, &snapshot, shown));
             return Ok(());
         };
-        let texts = unit_texts(&exchange);
         let nearest = match &args.reference {
-            Some(reference) => nearest::nearest(reference, &exchange, &verdicts, &texts)?,
+            Some(reference) => nearest::nearest(reference, &exchange, &selected, &verdicts, &texts)?,
             None => [None, None],
         };
         let subject = page::Subject {

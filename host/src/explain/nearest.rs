@@ -9,6 +9,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use driftlock_inspect::content::Role;
 use serde_json::Value;
 
 use super::{ExplainError, UnitText, decides, unit_texts};
@@ -38,6 +39,7 @@ fn shingles(text: &[u8]) -> HashSet<&[u8]> {
 pub(super) fn nearest(
     reference: &Path,
     exchange: &Exchange,
+    selected: &[String],
     verdicts: &[Option<Value>; 2],
     texts: &[Vec<UnitText>; 2],
 ) -> Result<[Option<Nearest>; 2], ExplainError> {
@@ -54,10 +56,15 @@ pub(super) fn nearest(
             continue;
         }
         for ((texts, best), (deciding, wanted)) in
-            unit_texts(&recorded.exchange).iter().zip(&mut best).zip(deciding.iter().zip(&wanted))
+            unit_texts(&recorded.exchange, selected).iter().zip(&mut best).zip(deciding.iter().zip(&wanted))
         {
             let (Some(deciding), Some(wanted)) = (deciding, wanted) else { continue };
-            for text in texts.iter().filter(|text| text.unit.role == deciding.unit.role) {
+            // Ordinals tell headers apart; of other units they are only an order.
+            let alike = |text: &&UnitText| match deciding.unit.role {
+                Role::Header => text.unit == deciding.unit,
+                role => text.unit.role == role,
+            };
+            for text in texts.iter().filter(alike) {
                 let shared = shingles(&text.text).intersection(wanted).count();
                 let likeness = shared as f64 / wanted.len().max(1) as f64;
                 let better = best.as_ref().is_none_or(|best| {

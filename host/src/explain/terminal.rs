@@ -5,25 +5,32 @@ use driftlock_engine::baseline::{Snapshot, StreamBaseline};
 use driftlock_engine::coder::UNITS_PER_BIT;
 use serde_json::Value;
 
-use super::{Span, UnitText, costs_of, decides, is_anomalous, likeliest, spans_of, unit_texts};
-use crate::capture::Exchange;
+use super::{Span, UnitText, costs_of, decides, is_anomalous, likeliest, spans_of};
 use crate::replay::native::Sentences;
 
-/// The explanation as text with ANSI styles.
+/// How much is shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown {
+    /// Messages that are not anomalous and units that did not decide, too.
+    pub all: bool,
+    /// Most bytes of a unit, around its spans.
+    pub max_bytes: usize,
+}
+
+/// The explanation of the exchange `id`, whose units are `texts`, as text with ANSI styles.
 pub fn render(
-    exchange: &Exchange,
+    id: &str,
+    texts: &[Vec<UnitText>; 2],
     verdicts: &[Option<Value>; 2],
     sentences: &Sentences,
     snapshot: &Snapshot,
-    all: bool,
-    max_bytes: usize,
+    Shown { all, max_bytes }: Shown,
 ) -> String {
     let mut out = String::new();
     let bold = Style::new().bold();
-    let texts = unit_texts(exchange);
     let only_anomalous = !all && verdicts.iter().flatten().any(is_anomalous);
     for (((direction, verdict), sentences), texts) in
-        ["request", "response"].iter().zip(verdicts).zip(sentences).zip(&texts)
+        ["request", "response"].iter().zip(verdicts).zip(sentences).zip(texts)
     {
         let Some(verdict) = verdict else { continue };
         if only_anomalous && !is_anomalous(verdict) {
@@ -31,10 +38,8 @@ pub fn render(
         }
         let stream = verdict["stream"].as_str().unwrap_or_default();
         let outcome = verdict["outcome"].as_str().unwrap_or_default();
-        out += &format!(
-            "{bold}{direction}{bold:#} of exchange {}: {bold}{outcome}{bold:#}",
-            exchange.id.escape_debug()
-        );
+        out +=
+            &format!("{bold}{direction}{bold:#} of exchange {}: {bold}{outcome}{bold:#}", id.escape_debug());
         if let Some(reason) = verdict["reason"].as_str() {
             out += &format!(" ({reason})");
         }

@@ -47,7 +47,7 @@ use self::cuts::Cuts;
 use self::lines::{Lines, Tally, push_error, push_failure, push_found};
 use self::manifest::{Manifest, Part};
 use self::schedule::{Done, Judge, Schedule};
-use crate::abi::{AbiError, Module};
+use crate::abi::{AbiError, CompileOptions, Module};
 use crate::capture::{Batch, CaptureError, Fingerprint, Item, Reader, Recorded};
 use crate::envoy::{Envoy, EnvoyError, EnvoyOptions, find_binary};
 use crate::train::{ConfigurationError, bare_configuration, with_baseline};
@@ -101,7 +101,7 @@ pub struct Args {
     /// Where the verdicts go, a line of JSON each; `-` is standard output
     #[arg(long, default_value = "-")]
     pub out: PathBuf,
-    /// Print only one digest over all verdicts
+    /// Print one digest over all verdicts; the verdicts themselves go to --out, or nowhere
     #[arg(long)]
     pub digest: bool,
     /// The filter module, for wasm and Envoy; by default the one beside this program
@@ -149,11 +149,8 @@ impl Args {
 
     /// Where the verdicts go.
     fn verdicts_to(&self) -> Result<Out, ReplayError> {
-        if self.digest {
-            return Ok(Out::Nowhere);
-        }
         if self.out == Path::new("-") {
-            return Ok(Out::Stdout);
+            return Ok(if self.digest { Out::Nowhere } else { Out::Stdout });
         }
         match std::fs::metadata(&self.out) {
             Ok(there) if there.is_dir() => Err(ReplayError::Write(io::ErrorKind::IsADirectory.into())),
@@ -256,14 +253,6 @@ fn read_filter(path: &Path) -> Result<Vec<u8>, wasm::WasmReplayError> {
     std::fs::read(path).map_err(|source| wasm::WasmReplayError::Read { path: path.to_owned(), source })
 }
 
-/// Compiles the module in a file.
-///
-/// # Errors
-/// [`wasm::WasmReplayError`].
-pub fn compile(path: &Path) -> Result<Module, wasm::WasmReplayError> {
-    Ok(Module::compile(&read_filter(path)?)?)
-}
-
 /// What a replay did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
@@ -301,6 +290,8 @@ struct Plan {
     plugin_configuration: Vec<u8>,
     baseline: Option<Part>,
     filter: Option<(Part, Vec<u8>)>,
+    /// The filter is the one beside this program: it is not watched for never coming back.
+    own_filter: bool,
     envoy: Option<PathBuf>,
     seed: u64,
     threads: usize,
@@ -342,6 +333,7 @@ impl Plan {
             plugin_configuration,
             baseline: baseline.map(|(part, _)| part),
             filter,
+            own_filter: args.filter.is_none(),
             envoy: args.envoy.clone(),
             seed: args.seed,
             threads: args.threads.unwrap_or(processors).max(1),
@@ -466,7 +458,8 @@ fn execute<W: Write + Send>(
         }
         Via::Wasm => {
             let bytes = plan.filter.as_ref().map(|(_, bytes)| bytes.as_slice()).unwrap_or_default();
-            let module = Module::compile(bytes)?;
+            let options = CompileOptions { unwatched: plan.own_filter, ..CompileOptions::default() };
+            let module = Module::compile_with(bytes, &options)?;
             let knows = !Config::parse(&plan.plugin_configuration)?.snapshot.streams().is_empty();
             let judge = |configuration: Vec<u8>| {
                 let vm = wasm::WasmReplay::start(&module, configuration)?;

@@ -4,8 +4,8 @@
 //! |---|---|---|
 //! | `jailbreak` | a role-play that overrides the system prompt, alone or after an ordinary question | request, last `user` unit |
 //! | `exfiltration` | the answer dumps records, a configuration or an encoded blob | response, `assistant` unit |
-//! | `repetition` | the answer falls into a loop and is cut off | response, `assistant` unit |
-//! | `model_swap` | another model answers: other style, other id, other `model` | response, `assistant` unit |
+//! | `repetition` | the answer falls into a loop and is cut off | response, `assistant` unit; its stop reason in `envelope` |
+//! | `model_swap` | another model answers: other style, other id, other `model` | response, `assistant` and `envelope` units |
 //! | `sql_injection` | a payload in the path or query of an ordinary GET | request, `target` unit |
 //! | `path_traversal` | the same with a way out of a folder | request, `target` unit |
 //! | `script_injection` | the same with a script for a browser | request, `target` unit |
@@ -16,6 +16,9 @@
 //! escapes). The `target` unit is the method, a space and the path with its query as sent, still
 //! percent-encoded: `GET /api/orders/4711?page=2`.
 
+use driftlock_inspect::content::{ApiStyle, BodyParser, Role, Unit};
+use memchr::memmem;
+
 use super::apps::{self, App};
 use super::chat::{Backend, Completion, Message, Reply};
 use super::conversation::{self, Twist};
@@ -23,7 +26,8 @@ use super::dice::Dice;
 use super::grammar::{Grammar, Scene};
 use super::parameters::Style;
 use super::{Direction, Span, Traffic, chat, rest, styles};
-use crate::capture::{HttpRequest, HttpResponse};
+use crate::capture::{self, HttpRequest, HttpResponse};
+use crate::units::{self, Reading};
 
 /// The kinds of anomaly, in the order in which a run injects them.
 pub const FAMILIES: [&str; 5] = ["jailbreak", "exfiltration", "repetition", "model_swap", "sql_injection"];
@@ -185,7 +189,7 @@ fn completion(
     conversation: conversation::Conversation,
     cut_off: bool,
     backend: Backend,
-    spans: Vec<Span>,
+    mut spans: Vec<Span>,
     dice: &mut Dice,
 ) -> Anomaly {
     let streamed = dice.percent(app.stream_percent);
@@ -199,6 +203,9 @@ fn completion(
         backend,
     };
     let (request, response) = through(api, &completion, dice);
+    let read = read(&request, &response);
+    spans.extend(said_again(&spans, &read));
+    spans.extend(cut_off.then(|| stop_reason(&read)).flatten());
     Anomaly { application: app.name, request, response, spans }
 }
 
@@ -213,6 +220,43 @@ fn assistant(marks: Vec<(usize, usize)>) -> Vec<Span> {
             end,
         })
         .collect()
+}
+
+/// What the filter makes of an answer.
+fn read(request: &HttpRequest, response: &HttpResponse) -> Reading {
+    let content_type = capture::header(&response.headers, "content-type").map(str::as_bytes);
+    let parser = BodyParser::for_response(ApiStyle::of_path(request.target.as_bytes()), content_type);
+    units::read(parser, &response.body, response.body.len())
+}
+
+/// The same spans in the units that say a streamed answer again, as the Responses API's last events do.
+fn said_again(spans: &[Span], read: &Reading) -> Vec<Span> {
+    let assistant = |index| Unit { role: Role::Assistant, index };
+    let Some(first) = read.units.get(&assistant(0)) else { return Vec::new() };
+    let again = (1..).map_while(|index| Some((index, read.units.get(&assistant(index))?)));
+    again
+        .filter(|(_, text)| *text == first)
+        .flat_map(|(index, _)| {
+            let of_answer = spans.iter().filter(|span| span.unit == Role::Assistant.as_str());
+            of_answer.map(move |span| Span { index: index.into(), ..span.clone() })
+        })
+        .collect()
+}
+
+/// Where the envelope of an answer that was cut off says so; the generator's Responses API does not.
+fn stop_reason(read: &Reading) -> Option<Span> {
+    let (unit, text) = read.units.iter().find(|(unit, _)| unit.role == Role::Envelope)?;
+    let (start, reason) = ["length", "max_tokens", "MAX_TOKENS"].into_iter().find_map(|reason| {
+        let quoted = format!("\"{reason}\"");
+        Some((memmem::rfind(text, quoted.as_bytes())? + 1, reason))
+    })?;
+    Some(Span {
+        direction: Direction::Response,
+        unit: unit.role.as_str().to_owned(),
+        index: unit.index.into(),
+        start,
+        end: start + reason.len(),
+    })
 }
 
 /// An ordinary user message of the application, for an attack to hide behind.

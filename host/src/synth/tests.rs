@@ -80,7 +80,7 @@ fn same_options_give_the_same_bytes_on_every_platform() {
     assert_eq!(sha256_hex(&run), sha256_hex(&generate(&small())));
     assert_eq!(
         sha256_hex(&run),
-        "8241d1833ff91e5e6ec5dd8e26ca23b984cee9c00f1e0776423aaec0bf148145",
+        "68c8c360f95cd38683d11bf0405343b4dfb27d597d9e96a2f45986201dc948fd",
         "the generator's output changed: if that was meant, update this digest"
     );
     assert_ne!(sha256_hex(&run), sha256_hex(&generate(&SynthOptions { seed: 8, ..small() })));
@@ -161,8 +161,9 @@ fn spans_point_at_the_attack_and_at_nothing_else() {
         }
         *seen.entry(labelled.label.clone()).or_default() += 1;
         assert_eq!(labelled.exchange.label, labelled.label);
-        // A swapped model has a swapped envelope, too.
-        assert_eq!(labelled.spans.len(), 1 + usize::from(labelled.label == "model_swap"));
+        // A swapped model has a swapped envelope, too, and an answer that was cut off a stop reason.
+        let two = matches!(labelled.label.as_str(), "model_swap" | "repetition");
+        assert_eq!(labelled.spans.len(), 1 + usize::from(two));
         let (inside, outside) = pointed_at(&labelled, &labelled.spans[0]);
         match labelled.label.as_str() {
             "jailbreak" => {
@@ -182,6 +183,10 @@ fn spans_point_at_the_attack_and_at_nothing_else() {
                     (1..=200).find(|p| inside.bytes().zip(inside.bytes().skip(*p)).all(|(a, b)| a == b));
                 assert!(period.is_some() && inside.len() > 600, "{inside}");
                 assert!(outside.len() <= 90, "{outside}");
+                let [_, envelope] = crate::explain::unit_texts(&labelled.exchange, &[])
+                    .map(|units| units.into_iter().find(|unit| unit.unit.role.as_str() == "envelope"));
+                let Span { start, end, .. } = labelled.spans[1];
+                assert_eq!(envelope.unwrap().text[start..end], *b"length");
             }
             "model_swap" => {
                 assert_eq!(outside, "");
@@ -370,7 +375,7 @@ fn injected_orders_are_where_their_span_says_in_every_style() {
     let mut seen = 0;
     for labelled in everything().iter().filter(|l| l.label == "indirect_injection") {
         let span = &labelled.spans[0];
-        let units = crate::explain::unit_texts(&labelled.exchange);
+        let units = crate::explain::unit_texts(&labelled.exchange, &[]);
         let unit = units[0]
             .iter()
             .find(|unit| unit.unit.role.as_str() == span.unit && usize::from(unit.unit.index) == span.index);
@@ -381,6 +386,35 @@ fn injected_orders_are_where_their_span_says_in_every_style() {
         seen += 1;
     }
     assert_eq!(seen, 15);
+}
+
+#[test]
+fn what_a_stream_says_again_is_injected_as_often() {
+    let (mut repeated, mut reasons) = (0, BTreeSet::new());
+    for labelled in everything() {
+        if !matches!(labelled.label.as_str(), "exfiltration" | "repetition") {
+            continue;
+        }
+        let [_, units] = crate::explain::unit_texts(&labelled.exchange, &[]);
+        let inside = |span: &Span| {
+            let of = |unit: &&crate::explain::UnitText| {
+                unit.unit.role.as_str() == span.unit && usize::from(unit.unit.index) == span.index
+            };
+            let unit = units.iter().find(of).unwrap_or_else(|| panic!("no {span:?}"));
+            String::from_utf8(unit.text[span.start..span.end].to_vec()).unwrap()
+        };
+        let answers = units.iter().filter(|unit| unit.unit.role.as_str() == "assistant").count();
+        let (said, other): (Vec<&Span>, Vec<&Span>) =
+            labelled.spans.iter().partition(|span| span.unit == "assistant");
+        assert_eq!(said.len() % answers, 0, "{answers} {said:?}");
+        for (span, first) in said.iter().zip(said.iter().take(said.len() / answers).cycle()) {
+            assert_eq!(inside(span), inside(first));
+        }
+        repeated += usize::from(answers > 1);
+        reasons.extend(other.into_iter().map(inside));
+    }
+    assert!(repeated > 1, "no answer is said again");
+    assert_eq!(reasons, ["MAX_TOKENS", "length", "max_tokens"].map(str::to_owned).into());
 }
 
 #[test]

@@ -137,6 +137,26 @@ fn fuel_stops_a_guest_at_the_same_place_every_time() {
 }
 
 #[test]
+fn no_deadline_stops_an_unwatched_guest() {
+    // A tick far beyond the deadline, that ends.
+    let guest = wat::parse_str(crate::guest::wat(
+        r#"(global $n (mut i64) (i64.const 0))
+        (func (export "proxy_on_tick") (param i32)
+          (loop $l (global.set $n (i64.add (global.get $n) (i64.const 1)))
+            (br_if $l (i64.lt_u (global.get $n) (i64.const 400000000)))))"#,
+    ))
+    .unwrap();
+    let limits = Limits { callback_deadline: Duration::from_millis(20), ..Limits::default() };
+    let tick = |unwatched| {
+        let compile = CompileOptions { unwatched, ..CompileOptions::default() };
+        let module = Module::compile_with(&guest, &compile).unwrap();
+        Run::of(&module, options(limits.clone())).plugin.tick()
+    };
+    assert!(matches!(tick(false), Err(AbiError::Deadline { callback: "proxy_on_tick", .. })));
+    tick(true).unwrap();
+}
+
+#[test]
 fn tables_are_bounded() {
     let guest = r#"(table $t 10 funcref)
       (func (export "proxy_on_tick") (param i32)

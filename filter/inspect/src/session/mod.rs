@@ -148,6 +148,10 @@ impl Plugin {
     /// From a checked configuration.
     pub fn new(config: Config) -> Self {
         let keeper = Keeper::new(&config.name, &config.settings, &config.supply);
+        let mut detector = Detector::new(config.settings, config.snapshot);
+        if !config.reuse_scores {
+            detector.scratch().score_anew();
+        }
         Self {
             name: config.name,
             report: config.report,
@@ -163,7 +167,7 @@ impl Plugin {
             },
             request_headers: config.request_headers,
             exclusions: config.exclusions,
-            detector: Detector::new(config.settings, config.snapshot),
+            detector,
             keeper,
             gauges: Gauges::default(),
         }
@@ -206,6 +210,11 @@ impl Plugin {
     /// The same, to set a stream's plan.
     pub fn detector_mut(&mut self) -> &mut Detector {
         &mut self.detector
+    }
+
+    /// The request headers that are judged, in the order of their ordinals.
+    pub fn selected_headers(&self) -> &[String] {
+        &self.request_headers
     }
 
     /// What may be held, and how long. Headers are held only where this says so.
