@@ -114,15 +114,15 @@ mod tests {
         let stream = b"data: {\"a\": 1}\n\ndata: [DONE]\n\n".to_vec();
         let asked = asked("/", vec![(b"{}".to_vec(), Vec::new()), (b"{}".to_vec(), stream)]);
         let upstream = Upstream::start(&asked).unwrap();
-        let slow = ("slow", slow(upstream.address, Duration::from_millis(1)));
+        let slow = ("slow", slow(upstream.address, Duration::from_millis(20)));
         let direct = ("direct", upstream.address);
         let whole = beside(slow, direct, &upstream, &asked[..1], 1, |took| took.whole).unwrap();
-        assert!(whole.added_us > 800.0 && whole.driftlock_us > whole.reading_us, "{whole:?}");
-        assert!(whole.reading_us < 800.0, "{whole:?}");
+        assert!(whole.added_us > 10_000.0 && whole.driftlock_us > whole.reading_us, "{whole:?}");
+        assert!(whole.reading_us < 10_000.0, "{whole:?}");
         let streamed = beside(slow, direct, &upstream, &asked[1..], 1, |took| took.first_byte).unwrap();
         // The upstream's pause is behind the first event.
-        assert!(streamed.ratio > 2.0 && streamed.reading_us < 800.0, "{streamed:?}");
+        assert!(streamed.ratio > 2.0 && streamed.reading_us < 10_000.0, "{streamed:?}");
         let all = beside(direct, slow, &upstream, &asked[1..], 1, |took| took.whole).unwrap();
-        assert!(all.driftlock_us >= 1_000.0 && all.added_us < 0.0, "{all:?}");
+        assert!(all.driftlock_us >= 20_000.0 && all.added_us < 0.0, "{all:?}");
     }
 }

@@ -41,6 +41,15 @@ impl Turns {
 /// Runs both by turns for about as long as `budget`, after a round of each that is not counted.
 pub(super) fn by_turns(
     budget: Duration,
+    first: impl FnMut() -> Result<(), BenchError>,
+    second: impl FnMut() -> Result<(), BenchError>,
+) -> Result<Turns, BenchError> {
+    by_turns_on(|| Ok(ThreadTime::try_now()?.as_duration()), budget, first, second)
+}
+
+fn by_turns_on(
+    clock: impl Fn() -> Result<Duration, BenchError>,
+    budget: Duration,
     mut first: impl FnMut() -> Result<(), BenchError>,
     mut second: impl FnMut() -> Result<(), BenchError>,
 ) -> Result<Turns, BenchError> {
@@ -51,21 +60,24 @@ pub(super) fn by_turns(
     while turns.first_s.len() < LEAST_ROUNDS || begin.elapsed() < budget {
         // Neither always follows the other.
         if turns.first_s.len().is_multiple_of(2) {
-            turns.first_s.push(seconds(&mut first)?);
-            turns.second_s.push(seconds(&mut second)?);
+            turns.first_s.push(seconds(&clock, &mut first)?);
+            turns.second_s.push(seconds(&clock, &mut second)?);
         } else {
-            turns.second_s.push(seconds(&mut second)?);
-            turns.first_s.push(seconds(&mut first)?);
+            turns.second_s.push(seconds(&clock, &mut second)?);
+            turns.first_s.push(seconds(&clock, &mut first)?);
         }
     }
     Ok(turns)
 }
 
-fn seconds(work: &mut impl FnMut() -> Result<(), BenchError>) -> Result<f64, BenchError> {
-    let begin = ThreadTime::try_now()?;
+fn seconds(
+    clock: impl Fn() -> Result<Duration, BenchError>,
+    work: &mut impl FnMut() -> Result<(), BenchError>,
+) -> Result<f64, BenchError> {
+    let begin = clock()?;
     work()?;
     // A clock that did not move must not divide.
-    Ok(begin.try_elapsed()?.as_secs_f64().max(1e-9))
+    Ok(clock()?.saturating_sub(begin).as_secs_f64().max(1e-9))
 }
 
 /// The middle value, the upper one of two; 0 of none.
@@ -76,25 +88,36 @@ pub(super) fn median(mut values: Vec<f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::thread;
+
     use super::*;
 
     #[test]
     fn one_interrupted_round_does_not_move_the_ratio() {
-        let work = |rounds: u64| -> Result<(), BenchError> {
-            let sum = (0..rounds * 200_000).fold(0u64, |sum, i| std::hint::black_box(sum ^ i));
-            assert!(sum < u64::MAX);
+        let now = Cell::new(Duration::ZERO);
+        let work = |ms: u64| {
+            now.set(now.get() + Duration::from_millis(ms));
             Ok(())
         };
         let mut round = 0;
         let first = || {
             round += 1;
-            // Waiting costs no processor time; the fourth is work that another round does not have.
-            std::thread::sleep(Duration::from_millis(5));
+            // The fourth is interrupted.
             work(if round == 4 { 60 } else { 2 })
         };
-        let turns = by_turns(Duration::ZERO, first, || work(6)).unwrap();
+        let turns = by_turns_on(|| Ok(now.get()), Duration::ZERO, first, || work(6)).unwrap();
         assert_eq!(turns.first_s.len(), LEAST_ROUNDS);
-        assert!((1.5..6.0).contains(&turns.ratio()), "{}", turns.ratio());
-        assert!(turns.first_s() < turns.second_s());
+        assert_eq!((turns.ratio(), turns.first_s(), turns.second_s()), (3.0, 0.002, 0.006));
+    }
+
+    #[test]
+    fn waiting_is_not_counted() {
+        let wait = || {
+            thread::sleep(Duration::from_millis(20));
+            Ok(())
+        };
+        let turns = by_turns(Duration::ZERO, wait, || Ok(())).unwrap();
+        assert!(turns.first_s() < 0.010, "{}", turns.first_s());
     }
 }
