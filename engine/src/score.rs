@@ -1370,7 +1370,9 @@ mod tests {
         }
         let (coder, vocabulary) = (counts.freeze(1 << 20), words.freeze(1 << 16));
         let all = Moments { mean: mean << 16, variance: 4 << 16 };
-        let expected = Expected::new(all, all, std::vec![all; coder.fields()]);
+        // Ordinary bytes, but odd fields.
+        let field = Moments { mean: 1 << 15, variance: 4 << 16 };
+        let expected = Expected::new(all, field, std::vec![field; coder.fields()]);
         UnitModel { normalised, coder, vocabulary, expected }
     }
 
