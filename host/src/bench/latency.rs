@@ -36,20 +36,20 @@ pub(super) struct Beside {
     pub(super) ratio: f64,
 }
 
-/// Asks these of both by turns. `of` picks what is compared.
-pub(super) fn beside(
+/// Asks these of both by turns. `of` picks what is compared, of the same requests.
+pub(super) fn beside<const N: usize>(
     driftlock: Target,
     reading: Target,
     upstream: &Upstream,
     asked: &[Asked],
     turns: usize,
-    of: fn(&Took) -> Duration,
-) -> Result<Beside, BenchError> {
+    of: [fn(&Took) -> Duration; N],
+) -> Result<[Beside; N], BenchError> {
     let connect = |(name, address): Target| Caller::connect(name, address, upstream, asked);
     let (mut ours, mut theirs) = (connect(driftlock)?, connect(reading)?);
-    let turn = |caller: &mut Caller<'_>| -> Result<f64, BenchError> {
-        let took = (0..TURN).map(|_| Ok(of(&caller.ask()?).as_secs_f64() * 1e6));
-        Ok(median(took.collect::<Result<_, BenchError>>()?))
+    let turn = |caller: &mut Caller<'_>| -> Result<[f64; N], BenchError> {
+        let took = (0..TURN).map(|_| caller.ask()).collect::<Result<Vec<Took>, BenchError>>()?;
+        Ok(of.map(|of| median(took.iter().map(|took| of(took).as_secs_f64() * 1e6).collect())))
     };
     // The first of each warms caches and is not counted.
     turn(&mut ours)?;
@@ -65,13 +65,22 @@ pub(super) fn beside(
             (turn(&mut ours)?, first)
         });
     }
-    let of_pairs = |value: fn(&(f64, f64)) -> f64| median(pairs.iter().map(value).collect());
-    Ok(Beside {
-        driftlock_us: of_pairs(|pair| pair.0),
-        reading_us: of_pairs(|pair| pair.1),
-        added_us: of_pairs(|pair| pair.0 - pair.1),
-        ratio: of_pairs(|pair| pair.0 / pair.1),
-    })
+    Ok(std::array::from_fn(|i| {
+        let of_pairs = |value: fn(f64, f64) -> f64| {
+            median(
+                pairs
+                    .iter()
+                    .filter_map(|(ours, theirs)| Some(value(*ours.get(i)?, *theirs.get(i)?)))
+                    .collect(),
+            )
+        };
+        Beside {
+            driftlock_us: of_pairs(|ours, _| ours),
+            reading_us: of_pairs(|_, theirs| theirs),
+            added_us: of_pairs(|ours, theirs| ours - theirs),
+            ratio: of_pairs(|ours, theirs| ours / theirs),
+        }
+    }))
 }
 
 #[cfg(test)]
@@ -116,13 +125,15 @@ mod tests {
         let upstream = Upstream::start(&asked).unwrap();
         let slow = ("slow", slow(upstream.address, Duration::from_millis(20)));
         let direct = ("direct", upstream.address);
-        let whole = beside(slow, direct, &upstream, &asked[..1], 1, |took| took.whole).unwrap();
+        let [whole] = beside(slow, direct, &upstream, &asked[..1], 1, [|took| took.whole]).unwrap();
         assert!(whole.added_us > 10_000.0 && whole.driftlock_us > whole.reading_us, "{whole:?}");
         assert!(whole.reading_us < 10_000.0, "{whole:?}");
-        let streamed = beside(slow, direct, &upstream, &asked[1..], 1, |took| took.first_byte).unwrap();
+        let both: [fn(&Took) -> Duration; 2] = [|took| took.first_byte, |took| took.to_first_byte];
+        let [first, to_first] = beside(slow, direct, &upstream, &asked[1..], 1, both).unwrap();
         // The upstream's pause is behind the first event.
-        assert!(streamed.ratio > 2.0 && streamed.reading_us < 10_000.0, "{streamed:?}");
-        let all = beside(direct, slow, &upstream, &asked[1..], 1, |took| took.whole).unwrap();
-        assert!(all.driftlock_us >= 20_000.0 && all.added_us < 0.0, "{all:?}");
+        assert!(first.ratio > 2.0 && first.reading_us < 10_000.0, "{first:?}");
+        assert!(to_first.driftlock_us >= first.driftlock_us && to_first.reading_us >= first.reading_us);
+        let [all] = beside(direct, slow, &upstream, &asked[1..], 1, [|took| took.whole]).unwrap();
+        assert!(all.driftlock_us >= 1_000.0 && all.added_us < 0.0, "{all:?}");
     }
 }

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::latency::{Beside, beside};
-use super::load::{Asked, Load, Upstream, asked};
+use super::load::{Asked, Load, Took, Upstream, asked};
 use super::rounds::median;
 use super::{BenchError, ProxyFigures};
 use crate::capture::Exchange;
@@ -192,14 +192,10 @@ pub(super) fn measure(
     let through_envoy = targets.iter().find(|target| target.name == ENVOY);
     require_inspection(&envoy, through_envoy.map_or(0, |target| target.requests))?;
     let driftlock = (ENVOY, envoy.listen());
-    let on_streams = |of| {
-        let reading = (PASSING, passing.listen());
-        beside(driftlock, reading, &upstream, traffic.streams(), turns, of)
-    };
-    let reading = (NOOP, reading.listen());
-    let request = beside(driftlock, reading, &upstream, traffic.requests(), turns, |took| took.whole)?;
-    let (first_byte, to_first_byte) =
-        (on_streams(|took| took.first_byte)?, on_streams(|took| took.to_first_byte)?);
+    let (noop, passing) = ((NOOP, reading.listen()), (PASSING, passing.listen()));
+    let [request] = beside(driftlock, noop, &upstream, traffic.requests(), turns, [|took| took.whole])?;
+    let of: [fn(&Took) -> Duration; 2] = [|took| took.first_byte, |took| took.to_first_byte];
+    let [first_byte, to_first_byte] = beside(driftlock, passing, &upstream, traffic.streams(), turns, of)?;
     let rates = |name: &str| {
         targets.iter().find(|target| target.name == name).map_or(&[][..], |target| &target.rates)
     };

@@ -205,7 +205,9 @@ fn completion(
     let (request, response) = through(api, &completion, dice);
     let read = read(&request, &response);
     spans.extend(said_again(&spans, &read));
-    spans.extend(cut_off.then(|| stop_reason(&read)).flatten());
+    if cut_off {
+        spans.extend(stop_reasons(&read));
+    }
     Anomaly { application: app.name, request, response, spans }
 }
 
@@ -243,20 +245,28 @@ fn said_again(spans: &[Span], read: &Reading) -> Vec<Span> {
         .collect()
 }
 
-/// Where the envelope of an answer that was cut off says so; the generator's Responses API does not.
-fn stop_reason(read: &Reading) -> Option<Span> {
-    let (unit, text) = read.units.iter().find(|(unit, _)| unit.role == Role::Envelope)?;
-    let (start, reason) = ["length", "max_tokens", "MAX_TOKENS"].into_iter().find_map(|reason| {
+/// What answers that were cut off say of it, and no other.
+const STOP_REASONS: [&str; 6] =
+    ["length", "max_tokens", "MAX_TOKENS", "max_output_tokens", "incomplete", "response.incomplete"];
+
+/// Where the envelope of an answer that was cut off says so.
+fn stop_reasons(read: &Reading) -> Vec<Span> {
+    let envelopes = read.units.iter().filter(|(unit, _)| unit.role == Role::Envelope);
+    let place = |(unit, text): (&Unit, &Vec<u8>), reason: &str| -> Vec<Span> {
         let quoted = format!("\"{reason}\"");
-        Some((memmem::rfind(text, quoted.as_bytes())? + 1, reason))
-    })?;
-    Some(Span {
-        direction: Direction::Response,
-        unit: unit.role.as_str().to_owned(),
-        index: unit.index.into(),
-        start,
-        end: start + reason.len(),
-    })
+        let places = memmem::find_iter(text, quoted.as_bytes()).map(|at| at + 1);
+        let span = |start| Span {
+            direction: Direction::Response,
+            unit: unit.role.as_str().to_owned(),
+            index: unit.index.into(),
+            start,
+            end: start + reason.len(),
+        };
+        places.map(span).collect()
+    };
+    envelopes
+        .flat_map(|envelope| STOP_REASONS.into_iter().flat_map(move |reason| place(envelope, reason)))
+        .collect()
 }
 
 /// An ordinary user message of the application, for an attack to hide behind.

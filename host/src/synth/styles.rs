@@ -182,9 +182,18 @@ fn responses_request(completion: &Completion<'_>) -> Json {
     object(fields)
 }
 
-fn responses_item(reply: &Reply, ids: &Ids, done: bool) -> Json {
-    let status = Json::text(if done { "completed" } else { "in_progress" });
-    match reply {
+/// What an answer and its item are: under way, complete, or cut off.
+fn responses_status(completion: &Completion<'_>, done: bool) -> Json {
+    Json::text(match (done, completion.cut_off) {
+        (false, _) => "in_progress",
+        (true, false) => "completed",
+        (true, true) => "incomplete",
+    })
+}
+
+fn responses_item(completion: &Completion<'_>, ids: &Ids, done: bool) -> Json {
+    let status = responses_status(completion, done);
+    match completion.reply {
         Reply::Text(text) => {
             let part = object(vec![
                 ("type", Json::text("output_text")),
@@ -217,16 +226,23 @@ fn responses_object(completion: &Completion<'_>, ids: &Ids, done: bool) -> Json 
         ("output_tokens", Json::int(output)),
         ("total_tokens", Json::int(input + output)),
     ]);
-    let items = if done { vec![responses_item(completion.reply, ids, true)] } else { vec![] };
-    object(vec![
+    let items = if done { vec![responses_item(completion, ids, true)] } else { vec![] };
+    let mut fields = vec![
         ("id", Json::text(format!("resp_{}", ids.answer))),
         ("object", Json::text("response")),
         ("created_at", Json::int(completion.unix_s)),
-        ("status", Json::text(if done { "completed" } else { "in_progress" })),
+        ("status", responses_status(completion, done)),
+    ];
+    if done && completion.cut_off {
+        let details = object(vec![("reason", Json::text("max_output_tokens"))]);
+        fields.push(("incomplete_details", details));
+    }
+    fields.extend([
         ("model", model(completion)),
         ("output", Json::List(items)),
         ("usage", if done { usage } else { Json::Null }),
-    ])
+    ]);
+    object(fields)
 }
 
 fn responses_events(completion: &Completion<'_>, dice: &mut Dice) -> String {
@@ -241,10 +257,7 @@ fn responses_events(completion: &Completion<'_>, dice: &mut Dice) -> String {
     };
     event("response.created", vec![("response", responses_object(completion, &ids, false))]);
     let index = || ("output_index", Json::int(0));
-    event(
-        "response.output_item.added",
-        vec![index(), ("item", responses_item(completion.reply, &ids, false))],
-    );
+    event("response.output_item.added", vec![index(), ("item", responses_item(completion, &ids, false))]);
     let (delta, text) = match completion.reply {
         Reply::Text(text) => ("response.output_text.delta", text),
         Reply::Call(call) => ("response.function_call_arguments.delta", &call.arguments),
@@ -252,8 +265,9 @@ fn responses_events(completion: &Completion<'_>, dice: &mut Dice) -> String {
     for piece in pieces(text, dice) {
         event(delta, vec![("item_id", Json::text(&ids.item)), index(), ("delta", Json::text(piece))]);
     }
-    event("response.output_item.done", vec![index(), ("item", responses_item(completion.reply, &ids, true))]);
-    event("response.completed", vec![("response", responses_object(completion, &ids, true))]);
+    event("response.output_item.done", vec![index(), ("item", responses_item(completion, &ids, true))]);
+    let end = if completion.cut_off { "response.incomplete" } else { "response.completed" };
+    event(end, vec![("response", responses_object(completion, &ids, true))]);
     out
 }
 

@@ -414,7 +414,9 @@ fn what_a_stream_says_again_is_injected_as_often() {
         reasons.extend(other.into_iter().map(inside));
     }
     assert!(repeated > 1, "no answer is said again");
-    assert_eq!(reasons, ["MAX_TOKENS", "length", "max_tokens"].map(str::to_owned).into());
+    let all =
+        ["MAX_TOKENS", "incomplete", "length", "max_output_tokens", "max_tokens", "response.incomplete"];
+    assert_eq!(reasons, all.map(str::to_owned).into());
 }
 
 #[test]
