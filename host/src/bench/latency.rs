@@ -1,9 +1,10 @@
 //! How long a client waits because of the filter: one request at a time, beside a filter that only reads.
 //!
-//! What: two medians. Of requests with 4 KiB of JSON and no body in the answer, the time to the answer; of
+//! What: three medians. Of requests with 4 KiB of JSON and no body in the answer, the time to the answer; of
 //! streams of events, the time from when the upstream sends the first one to when its first byte is at the
-//! client. The filter that only reads has whole bodies buffered for the first, as in `proxies`, and holds
-//! nothing for the second: beside one that waits for the end of a stream any other would be fast.
+//! client, and from the request to that byte. The filter that only reads has whole bodies buffered for the
+//! requests, as in `proxies`, and holds nothing for the streams: beside one that waits for the end of a
+//! stream any other would be fast.
 //!
 //! Both proxies take turns of some dozens of requests, and the turns' medians are compared in pairs: at some
 //! hundred microseconds a request, a machine's pace changes more often than that.
