@@ -24,14 +24,14 @@
 
 use crate::bitmap::below;
 use crate::coder::{
-    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, identity, log2_fixed,
-    peak_weight,
+    BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, WINDOW, identity,
+    log2_fixed, peak_weight,
 };
 use crate::normalise::{Class, ClassSet, Normaliser, Part, Piece, Sourced};
 use crate::words::{Passage, Vocabulary, WordTally, WordTracker};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use wide::{i16x8, i32x4, u16x8};
+use wide::{i16x8, i32x4};
 
 mod memo;
 
@@ -662,12 +662,15 @@ impl Running {
         let Some(eager) = memo.prospect(self.identity, text.len()) else { return 0 };
         let (mut done, mut at, mut known_bytes, mut detours) = (0, 0, 0, 0);
         let mut cuts = Cuts::new(text, 0);
-        // The state, while `accounts.state` is behind.
-        let mut ahead: Option<StateId> = None;
+        // The state, while `accounts.state` is behind, and the place of the one before.
+        let (mut ahead, mut behind) = (None, None);
+        let begins = self.normaliser.is_at_start();
+        if begins {
+            let (place, state) = memo.start(self.identity);
+            (ahead, behind) = (state, Some(place));
+        }
         // Where a stretch begins that came before and waits for another.
         let mut first = None;
-        // The place of the one before.
-        let mut behind = None;
         while let Some(rest) = text.get(at..) {
             // Mostly the same follows again.
             if let (Some(before), Some(place)) = (ahead, behind)
@@ -677,7 +680,7 @@ impl Running {
                 && known.stretch.begins(rest, at_end)
                 && self.holds(model, &known.also, ahead, text, at)
             {
-                (ahead, behind) = (Some(self.pass(model, known)), Some(next));
+                (ahead, behind) = (Some(self.pass(model, known, memo.costs(next), source, at)), Some(next));
                 at += known.stretch.text().len();
                 known_bytes += at - done;
                 done = at;
@@ -691,6 +694,9 @@ impl Running {
             at += len;
             if !memo.came_before(&stretch) {
                 first = None;
+                if done == 0 {
+                    ahead = None;
+                }
                 continue;
             }
             if ahead.is_none() && done < start && !last && !eager {
@@ -712,16 +718,22 @@ impl Running {
             if done < start {
                 self.catch_up(memo, ahead.take(), text.get(..done).unwrap_or_default());
                 self.score(model, source.slice(done, start), block);
-                done = start;
+                (done, behind) = (start, None);
                 detours += 1;
             }
             if ahead.is_none() && !self.is_at_rest(model, block) {
                 continue;
             }
-            let before = ahead.unwrap_or_else(|| memo.state_id(self.identity, &self.accounts.state));
+            let before = ahead.unwrap_or_else(|| {
+                let id = memo.state_id(self.identity, &self.accounts.state);
+                if begins && start == 0 {
+                    memo.begins_in(self.identity, id);
+                }
+                id
+            });
             let found = memo.find(before, &stretch, |also| self.holds(model, also, ahead, text, start));
             if let Some((place, known)) = found {
-                ahead = Some(self.pass(model, known));
+                ahead = Some(self.pass(model, known, memo.costs(place), source, start));
                 known_bytes += len;
                 if let Some(behind) = behind.replace(place) {
                     memo.follow(behind, place);
@@ -743,9 +755,20 @@ impl Running {
         done
     }
 
-    /// Takes a stretch for what it came to, and returns the state behind it; `accounts.state` stays behind.
+    /// Takes the stretch at `source`'s `at` for what it came to, and returns the state behind it;
+    /// `accounts.state` stays behind.
     #[inline(always)]
-    fn pass(&mut self, model: &UnitModel, known: &Known) -> StateId {
+    fn pass(
+        &mut self,
+        model: &UnitModel,
+        known: &Known,
+        costs: &[u16; WINDOW],
+        source: Sourced<'_>,
+        at: usize,
+    ) -> StateId {
+        if known.above != 0 {
+            self.accounts.pass_spans(known, costs, source, at);
+        }
         self.accounts.pass(model, known);
         self.normaliser.pass(known.stretch.text());
         known.after
@@ -836,12 +859,12 @@ impl Running {
             field_bytes: small(field_bytes - bytes_before)?,
             words,
         };
-        if block.costs().iter().any(|&cost| u32::from(cost) > *reference) {
-            memo.give_up(stretch);
-        } else if memo.epoch == epoch {
+        if memo.epoch == epoch {
             let plain = block.looked_back().then_some(plain_before);
             let also = Also { plain, path: path_used.then_some((path_before, path)) };
-            memo.keep(Known::new(before, after, also, stretch.clone(), sums));
+            let (costs, len) = block.windows().next()?;
+            let above = above(costs, len, *reference);
+            memo.keep(Known::new(before, after, also, stretch.clone(), sums, above), costs);
         }
         Some(after)
     }
@@ -926,7 +949,9 @@ impl Accounts {
             }
             start = segment.end;
         }
-        self.find_spans(block.costs(), gathered);
+        for ((costs, len), at) in block.windows().zip((0..).step_by(WINDOW)) {
+            self.follow(costs, len, above(costs, len, self.reference), |i| gathered.source(at + i));
+        }
         (gathered.len, gathered.used) = (0, 0);
     }
 
@@ -1008,7 +1033,7 @@ impl Accounts {
             self.state.tracker().set_path(path);
         }
         self.words.pass(&model.vocabulary, words);
-        if self.height > 0 {
+        if known.above == 0 && self.height > 0 {
             // No byte costs more than the reference: the CUSUM only falls.
             self.height = (self.height + cost).saturating_sub(bytes * u64::from(self.reference));
             self.running_cost += cost;
@@ -1018,61 +1043,100 @@ impl Accounts {
         }
     }
 
-    /// Follows the CUSUM over the costs of what was gathered.
-    fn find_spans(&mut self, costs: &[u16], gathered: &Gathered) {
-        let mut above = Above::new(costs, self.reference);
-        let mut at = 0;
-        while at < costs.len() {
-            let mut start = None;
-            if self.height == 0 {
-                // Below the reference it stays at zero.
-                let Some(first) = above.next(at) else { return };
-                (at, start) = (first, Some(first));
-                self.running_cost = 0;
-            }
-            let (end, highest) = self.follow_excursion(costs.get(at..).unwrap_or_default());
-            // Where it lies is looked up only if somebody may ask.
-            let least = self.scores.spans.last().map_or(0, |span| span.excess);
-            if self.height > 0 || self.current.excess > least {
-                if let Some(start) = start {
-                    let source = gathered.source(start);
-                    (self.current.start, self.current.body_start) = (source.start, source.body_start);
-                }
-                if let Some(highest) = highest {
-                    let source = gathered.source(at + highest);
-                    (self.current.end, self.current.body_end) = (source.end, source.body_end);
-                }
-            }
-            if self.height == 0 {
-                self.keep_current();
-            }
-            at += end;
-        }
+    /// Follows the CUSUM over the costs of the known stretch at `source`'s `at`, which comes next.
+    #[inline(never)]
+    fn pass_spans(&mut self, known: &Known, costs: &[u16; WINDOW], source: Sourced<'_>, at: usize) {
+        let begins = self.scores.source_bytes;
+        self.follow(costs, known.stretch.text().len(), known.above, |i| {
+            let (start, body_start) = (begins + i as u64, source.body(at + i));
+            Source { start, end: start + 1, body_start, body_end: body_start + 1 }
+        });
     }
 
-    /// Follows the excursion under way to its end, or to that of the costs; returns where that is, and
-    /// where it was higher than before.
+    /// Follows the CUSUM over the first `len` costs, of bytes that come from there; those above the reference
+    /// are set in `above`. Between them it only falls, and along them it only rises: it is looked at where one
+    /// turns to the other.
     #[inline(always)]
-    fn follow_excursion(&mut self, costs: &[u16]) -> (usize, Option<usize>) {
-        let reference = u64::from(self.reference);
-        let (mut height, mut cost_so_far) = (self.height, self.running_cost);
-        let ExcessSpan { excess: mut best, cost: mut best_cost, .. } = self.current;
-        let mut highest = None;
-        let mut end = costs.len();
-        for (i, &cost) in costs.iter().enumerate() {
-            cost_so_far += u64::from(cost);
-            height = (height + u64::from(cost)).saturating_sub(reference);
-            if height > best {
-                (best, best_cost, highest) = (height, cost_so_far, Some(i));
+    fn follow(
+        &mut self,
+        costs: &[u16; WINDOW],
+        len: usize,
+        mut above: u64,
+        source: impl Fn(usize) -> Source,
+    ) {
+        if above == 0 && self.height == 0 {
+            return;
+        }
+        let mut sums = Sums64 { before: [0; WINDOW / 4 + 1], fours: [0; WINDOW / 4] };
+        sums.fill(costs, len);
+        let reference = self.reference;
+        let mut least = self.least();
+        let mut excursion =
+            Excursion { height: self.height, highest: self.current.excess, start: EARLIER, end: EARLIER };
+        let (mut at, mut cost_at) = (0, 0);
+        loop {
+            let start = (above.trailing_zeros() as usize).min(len);
+            let cost_at_start = sums.of(start);
+            let fall = u64::from(reference * (start - at) as u32 - (cost_at_start - cost_at));
+            let ends = fall >= excursion.height;
+            if ends && excursion.highest > least {
+                self.note(&excursion, &sums, &source);
+                self.keep_current();
+                least = self.least();
             }
-            if height == 0 {
-                end = i + 1;
+            if ends {
+                excursion = Excursion { height: 0, highest: 0, start, end: start };
+            } else {
+                excursion.height -= fall;
+            }
+            if above == 0 {
                 break;
             }
+            at = start + (!(above >> start)).trailing_zeros() as usize;
+            above &= !below(at);
+            cost_at = sums.of(at);
+            excursion.height += u64::from(cost_at - cost_at_start - reference * (at - start) as u32);
+            if excursion.height > excursion.highest {
+                (excursion.highest, excursion.end) = (excursion.height, at);
+            }
         }
-        (self.height, self.running_cost) = (height, cost_so_far);
-        (self.current.excess, self.current.cost) = (best, best_cost);
-        (end, highest)
+        self.height = excursion.height;
+        if excursion.height == 0 {
+            self.current = ExcessSpan::default();
+            return;
+        }
+        self.note(&excursion, &sums, &source);
+        let cost = u64::from(sums.of(len));
+        self.running_cost = match excursion.start {
+            EARLIER => self.running_cost + cost,
+            start => cost - u64::from(sums.of(start)),
+        };
+    }
+
+    /// An excursion with less is not kept.
+    #[inline(always)]
+    fn least(&self) -> u64 {
+        self.scores.spans.last().map_or(0, |span| span.excess)
+    }
+
+    /// Writes down where the excursion began and was highest.
+    #[inline(never)]
+    fn note(&mut self, excursion: &Excursion, sums: &Sums64, source: &impl Fn(usize) -> Source) {
+        let &Excursion { highest, start, end, .. } = excursion;
+        if start != EARLIER {
+            let source = source(start);
+            (self.current.start, self.current.body_start) = (source.start, source.body_start);
+        }
+        if end != EARLIER {
+            let source = source(end - 1);
+            (self.current.end, self.current.body_end) = (source.end, source.body_end);
+            let cost = u64::from(sums.of(end));
+            self.current.excess = highest;
+            self.current.cost = match start {
+                EARLIER => self.running_cost + cost,
+                _ => cost - u64::from(sums.of(start)),
+            };
+        }
     }
 
     /// Files the finished excursion among the largest; an earlier one wins a tie.
@@ -1086,53 +1150,60 @@ impl Accounts {
     }
 }
 
-/// The places of costs above a reference.
-struct Above<'a> {
-    costs: &'a [u16],
-    reference: u16x8,
-    /// Of the 64 costs from `base` on, as bits.
-    bits: u64,
-    base: usize,
+/// An excursion of the CUSUM above zero, in a window.
+struct Excursion {
+    height: u64,
+    highest: u64,
+    /// Its first byte, and the one behind that where it was highest; or [`EARLIER`].
+    start: usize,
+    end: usize,
 }
 
-impl<'a> Above<'a> {
-    fn new(costs: &'a [u16], reference: u32) -> Self {
-        let reference = u16x8::splat(u16::try_from(reference).unwrap_or(u16::MAX));
-        let mut above = Self { costs, reference, bits: 0, base: 0 };
-        above.load();
-        above
-    }
+/// Before the window.
+const EARLIER: usize = usize::MAX;
 
+/// Sums of a window's costs, by fours: of all before them; and of those before each of them, in 16 bits.
+struct Sums64 {
+    before: [u32; WINDOW / 4 + 1],
+    fours: [u64; WINDOW / 4],
+}
+
+impl Sums64 {
     #[inline(always)]
-    fn load(&mut self) {
-        let rest = self.costs.get(self.base..).unwrap_or_default();
-        let mut padded = [0; 64];
-        let window = rest.first_chunk::<64>().unwrap_or_else(|| {
-            if let Some(front) = padded.get_mut(..rest.len()) {
-                front.copy_from_slice(rest);
-            }
-            &padded
-        });
-        self.bits = 0;
-        for (eight, i) in window.as_chunks::<8>().0.iter().zip(0u32..) {
-            let below = u16x8::new(*eight).saturating_sub(self.reference).simd_eq(u16x8::ZERO);
-            self.bits |= u64::from(!below.to_bitmask() & 0xff) << (8 * i);
+    fn fill(&mut self, costs: &[u16; WINDOW], len: usize) {
+        let (mut sum, fours) = (0, costs.as_chunks().0);
+        for ((&[a, b, c, d], four), before) in
+            fours.iter().zip(&mut self.fours).zip(self.before.iter_mut().skip(1)).take(len.div_ceil(4))
+        {
+            // Costs have 14 bits.
+            let packed = u64::from(a) | u64::from(b) << 16 | u64::from(c) << 32 | u64::from(d) << 48;
+            let running = packed.wrapping_mul(0x0001_0001_0001_0001);
+            *four = running << 16;
+            sum += (running >> 48) as u32;
+            *before = sum;
         }
     }
 
-    /// The first at `from` or behind it; `from` never falls.
+    /// Of the first `n`.
     #[inline(always)]
-    fn next(&mut self, from: usize) -> Option<usize> {
-        while self.base < self.costs.len() {
-            let bits = self.bits & !below(from.saturating_sub(self.base));
-            if bits != 0 {
-                return Some(self.base + bits.trailing_zeros() as usize);
-            }
-            self.base += 64;
-            self.load();
-        }
-        None
+    fn of(&self, n: usize) -> u32 {
+        let before = self.before.get(n / 4).copied().unwrap_or_default();
+        let four = self.fours.get(n / 4).copied().unwrap_or_default();
+        before + (four >> (16 * (n % 4)) & 0xffff) as u32
     }
+}
+
+/// Which of the first `len` costs are above the reference, as bits.
+#[inline(always)]
+fn above(costs: &[u16; WINDOW], len: usize, reference: u32) -> u64 {
+    let reference = i16x8::splat(i16::try_from(reference).unwrap_or(i16::MAX));
+    let mut bits = 0;
+    for (eight, i) in costs.as_chunks::<8>().0.iter().take(len.div_ceil(8)).zip(0u32..) {
+        // Costs have 14 bits.
+        let above = i16x8::new(eight.map(|cost| cost as i16)).simd_gt(reference);
+        bits |= u64::from(above.to_bitmask() & 0xff) << (8 * i);
+    }
+    bits & below(len)
 }
 
 /// The sum of a few costs.
@@ -1376,7 +1447,7 @@ mod tests {
         UnitModel { normalised, coder, vocabulary, expected }
     }
 
-    /// To the last no byte is too dear for its stretch to be kept.
+    /// To the first many bytes are dear, to the last none.
     fn models() -> &'static [UnitModel; 3] {
         static MODELS: std::sync::OnceLock<[UnitModel; 3]> = std::sync::OnceLock::new();
         let of = |(normalised, mean)| model_of_parts(normalised, mean);
@@ -1455,8 +1526,7 @@ mod tests {
 
     #[test]
     fn what_followed_before_is_not_taken_for_what_follows_now() {
-        // Where so much is expected, no byte is too dear for its stretch to be kept.
-        let models = [28, 27].map(|mean| model_of_parts(ClassSet::NONE, mean));
+        let models = [28, 9].map(|mean| model_of_parts(ClassSet::NONE, mean));
         let mut scratch = Scratch::default();
         let tails =
             ["", "ada&x=7", "&currency=amsterdam", "+please", "&currency=7&comment=as+soon+as+you+can"];

@@ -31,6 +31,7 @@ mod freeze;
 mod model;
 
 pub use counts::Counts;
+pub(crate) use model::WINDOW;
 pub use model::{BLOCK_BYTES, Block, ContextModel, FieldNumber, Segment, State};
 
 /// Fixed-point scale of code lengths: this many units are one bit.

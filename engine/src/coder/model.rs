@@ -108,6 +108,9 @@ impl FieldNumber {
     }
 }
 
+/// Costs that are looked at together.
+pub(crate) const WINDOW: usize = 64;
+
 /// Where a running unit stands between two bytes; about 160 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
@@ -190,6 +193,13 @@ impl Block {
     /// Cost of each byte, 1/256 bit.
     pub fn costs(&self) -> &[u16] {
         self.costs.get(..self.len).unwrap_or_default()
+    }
+
+    /// The costs by 64, and how many of those are of its bytes; what follows them is of no meaning.
+    #[inline(always)]
+    pub(crate) fn windows(&self) -> impl Iterator<Item = (&[u16; WINDOW], usize)> {
+        let left = (0..self.len).step_by(WINDOW).map(|from| (self.len - from).min(WINDOW));
+        self.costs.as_chunks().0.iter().zip(left)
     }
 
     /// Whether what its bytes cost depends on the bytes before it by more than the state there.

@@ -66,6 +66,11 @@ impl Normaliser {
         self.scanner.restart(classes);
     }
 
+    /// As [`Scanner::is_at_start`].
+    pub(crate) fn is_at_start(&self) -> bool {
+        self.scanner.is_at_start()
+    }
+
     /// Nothing is undecided, and what comes next does not depend on what came before.
     pub(crate) fn is_idle(&self) -> bool {
         self.scanner.is_idle()

@@ -79,6 +79,14 @@ impl<'a> Sourced<'a> {
         Self { text, parts: self.parts.get(behind.saturating_sub(1)..).unwrap_or_default(), from }
     }
 
+    /// Where the byte at `i` came from in the body.
+    pub(crate) fn body(self, i: usize) -> u64 {
+        let i = self.from + i;
+        let behind = self.parts.partition_point(|part| usize::from(part.at) <= i);
+        let part = behind.checked_sub(1).and_then(|at| self.parts.get(at)).copied().unwrap_or_default();
+        part.body + (i - usize::from(part.at)) as u64
+    }
+
     /// Where the parts begin, in the text and in the body.
     fn origins(self) -> impl Iterator<Item = (usize, u64)> + 'a {
         let origin = move |part: &Part| match usize::from(part.at).checked_sub(self.from) {
@@ -180,6 +188,11 @@ impl Scanner {
             && self.open.is_none()
             && !self.in_word
             && NARROW.contains_all(self.classes)
+    }
+
+    /// Nothing came, and what comes depends on nothing.
+    pub(super) fn is_at_start(&self) -> bool {
+        self.received == 0 && self.is_idle()
     }
 
     /// Takes bytes that are known to hold no token and to leave nothing undecided, while idle. What comes

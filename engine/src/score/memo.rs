@@ -8,15 +8,16 @@
 //! bytes, and the same in every message. Their scores are those of the frozen model either way; whether
 //! they are looked up changes the time and nothing else (tested against scoring without).
 //!
-//! What is kept: only text that came at least twice, that holds no token, no byte above the reference
-//! (whose place evidence would have to know) and no cost that depends on more than its own bytes and the
-//! state before it. A newer stretch replaces an older one in its place; when the states are full, all of
-//! it starts anew.
+//! What is kept: only text that came at least twice, that holds no token and no cost that depends on more
+//! than its own bytes and the state before it. Where bytes cost more than the reference, what each cost is
+//! looked at again: where a span of evidence begins and ends depends on what stood before. Of four stretches
+//! whose hashes fall together the newest replaces the oldest; when the states are full, all of it starts
+//! anew.
 //!
 //! Cost: some 200 instructions a stretch that is known and follows what it followed before, 350 for one that
 //! follows another, 200 for one that never came, and a detour for what
 //! stands between known ones, as blocks of a few bytes are dear. So a model's texts are left alone for a
-//! megabyte once the detours cost more than the look-ups saved. At most 600 KiB for whoever scores,
+//! megabyte once the detours cost more than the look-ups saved. At most 3.4 MiB for whoever scores,
 //! allocated as text comes again.
 //!
 //! It can be switched off ([`Scratch::score_anew`](super::Scratch::score_anew)).
@@ -29,11 +30,11 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::bitmap::{Block64, below, equal};
-use crate::coder::{FieldNumber, State, scatter};
+use crate::coder::{FieldNumber, State, WINDOW, scatter};
 use crate::words::Passage;
 
 /// Longest stretch, bytes.
-pub(super) const STRETCH_BYTES: usize = 64;
+pub(super) const STRETCH_BYTES: usize = WINDOW;
 /// Shortest stretches, bytes: what is shorter goes on with the next. Text parts between words.
 const SHORTEST_LINE: usize = 12;
 const SHORTEST_MEMBER: usize = 16;
@@ -48,11 +49,11 @@ const LEFT_ALONE: u32 = 1 << 20;
 const ACCOUNTS: usize = 16;
 
 /// Places for stretches, states, and marks of what came once. Powers of two.
-const STRETCHES: usize = 1 << 11;
-const STATES: usize = 1 << 9;
+const STRETCHES: usize = 1 << 13;
+const STATES: usize = 1 << 12;
 /// Places that a stretch may have.
 const WAYS: usize = 4;
-const MARKS: usize = 1 << 12;
+const MARKS: usize = 1 << 15;
 
 /// Where a known state stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,13 +104,20 @@ pub(super) struct Known {
     pub(super) also: Also,
     pub(super) stretch: Stretch,
     pub(super) sums: Sums,
-    /// The place of what followed it last. Another may have come there since.
-    next: u16,
+    /// Its bytes that cost more than the reference, as bits.
+    pub(super) above: u64,
 }
 
 impl Known {
-    pub(super) fn new(before: StateId, after: StateId, also: Also, stretch: Stretch, sums: Sums) -> Self {
-        Self { before, after, also, stretch, sums, next: 0 }
+    pub(super) fn new(
+        before: StateId,
+        after: StateId,
+        also: Also,
+        stretch: Stretch,
+        sums: Sums,
+        above: u64,
+    ) -> Self {
+        Self { before, after, also, stretch, sums, above }
     }
 }
 
@@ -120,18 +128,32 @@ struct Gain {
     left_alone: u32,
 }
 
+/// The state in which a model's units begin.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    model: u64,
+    epoch: u64,
+    state: StateId,
+}
+
 /// Stretches that were scored, and the states between them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Memo {
     /// Upper hash bits of what came once.
     marks: Vec<u16>,
     known: Vec<Known>,
+    /// What the bytes of each cost.
+    costs: Vec<[u16; WINDOW]>,
+    /// The place of what followed last behind each of them, and behind the start of a unit of each model.
+    /// Another may have come there since.
+    followed: Vec<u16>,
     /// By hash: a place in `known`, and one more; 0 is free.
     places: Vec<u16>,
     states: Vec<(u64, State)>,
     /// Open addressing: a state's number + 1; 0 is free.
     index: Vec<u16>,
     gains: [Gain; ACCOUNTS],
+    starts: [Option<Start>; ACCOUNTS],
     /// Nothing is kept.
     off: bool,
     /// How often the states were full: a state's number holds until then.
@@ -241,9 +263,10 @@ impl Stretch {
         (self.hash >> 49) as u16 | 1
     }
 
+    /// The first of the places where what it came to behind this state may be.
     #[inline(always)]
     fn place(&self, before: StateId) -> usize {
-        (scatter(self.hash ^ u64::from(before.0)) >> 40) as usize & (STRETCHES - 1)
+        (scatter(self.hash ^ u64::from(before.0)) >> 40) as usize & (STRETCHES - WAYS)
     }
 }
 
@@ -315,6 +338,7 @@ impl Memo {
             self.states.clear();
             self.index.clear();
             self.known.clear();
+            self.costs.clear();
             self.places.clear();
             self.epoch += 1;
         }
@@ -355,50 +379,109 @@ impl Memo {
         stretch: &Stretch,
         mut holds: impl FnMut(&Also) -> bool,
     ) -> Option<(usize, &Known)> {
-        let by_hash = stretch.place(before);
-        (0..WAYS).find_map(|way| {
-            let place = usize::from(*self.places.get(by_hash ^ way)?).checked_sub(1)?;
+        let first = stretch.place(before);
+        self.places.get(first..first + WAYS)?.iter().find_map(|&place| {
+            let place = usize::from(place).checked_sub(1)?;
             let known = self.known.get(place)?;
             let found = known.before == before && known.stretch == *stretch && holds(&known.also);
             found.then_some((place, known))
         })
     }
 
+    /// What the bytes of the stretch in this place cost.
+    #[inline(always)]
+    pub(super) fn costs(&self, place: usize) -> &[u16; WINDOW] {
+        self.costs.get(place).unwrap_or(&[0; WINDOW])
+    }
+
     /// What followed last behind the stretch of this place.
     #[inline(always)]
     pub(super) fn next(&self, place: usize) -> Option<(usize, &Known)> {
-        let next = usize::from(self.known.get(place)?.next);
+        let next = usize::from(*self.followed.get(place)?);
         Some((next, self.known.get(next)?))
     }
 
     /// Behind the stretch of this place another follows.
     pub(super) fn follow(&mut self, place: usize, next: usize) {
-        if let Some(known) = self.known.get_mut(place) {
-            known.next = next as u16;
+        if self.followed.is_empty() {
+            self.followed = vec![0; STRETCHES + ACCOUNTS];
+        }
+        if let Some(followed) = self.followed.get_mut(place) {
+            *followed = next as u16;
         }
     }
 
-    /// Keeps what a stretch came to in this state; of those with about its hash the oldest is forgotten.
-    pub(super) fn keep(&mut self, known: Known) {
+    /// Where a unit of this model begins: a place that other stretches follow, and the state there if it was
+    /// [told](Self::begins_in).
+    #[inline(always)]
+    pub(super) fn start(&self, model: u64) -> (usize, Option<StateId>) {
+        let account = model as usize & (ACCOUNTS - 1);
+        let start = self.starts.get(account).copied().flatten();
+        let of_now = start.filter(|start| start.model == model && start.epoch == self.epoch);
+        (STRETCHES + account, of_now.map(|start| start.state))
+    }
+
+    /// Units of this model begin in this state.
+    pub(super) fn begins_in(&mut self, model: u64, state: StateId) {
+        if let Some(start) = self.starts.get_mut(model as usize & (ACCOUNTS - 1)) {
+            *start = Some(Start { model, epoch: self.epoch, state });
+        }
+    }
+
+    /// Keeps what a stretch came to in this state, and what its bytes cost; of those with about its hash the
+    /// oldest is forgotten.
+    pub(super) fn keep(&mut self, known: Known, costs: &[u16; WINDOW]) {
         if self.places.is_empty() {
             self.places = vec![0; STRETCHES];
         }
-        let by_hash = known.stretch.place(known.before);
-        let oldest = self.places.get(by_hash ^ (WAYS - 1)).copied().unwrap_or(0);
-        let place = match self.known.get_mut(usize::from(oldest).wrapping_sub(1)) {
-            Some(slot) => {
-                *slot = known;
+        let first = known.stretch.place(known.before);
+        let Some(ways) = self.places.get_mut(first..first + WAYS) else { return };
+        let oldest = ways.last().copied().unwrap_or(0);
+        let old = usize::from(oldest).wrapping_sub(1);
+        let place = match (self.known.get_mut(old), self.costs.get_mut(old)) {
+            (Some(slot), Some(old_costs)) => {
+                (*slot, *old_costs) = (known, *costs);
                 oldest
             }
-            None => {
+            _ => {
                 self.known.push(known);
+                self.costs.push(*costs);
                 self.known.len() as u16
             }
         };
-        let mut moved = place;
-        for way in 0..WAYS {
-            if let Some(slot) = self.places.get_mut(by_hash ^ way) {
-                core::mem::swap(slot, &mut moved);
+        ways.rotate_right(1);
+        if let Some(newest) = ways.first_mut() {
+            *newest = place;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stretch_gives_way_to_the_fourth_behind_it() {
+        let mut memo = Memo::default();
+        let before = StateId(0);
+        let stretch = |i: u32| Stretch::new(alloc::format!("parameter={i:08}&").as_bytes(), 19, false);
+        let place = |i: &u32| stretch(*i).place(before);
+        let together: Vec<u32> = (0..).filter(|i| place(i) == place(&0)).take(3 * WAYS).collect();
+        let sums = Sums {
+            cost: 0,
+            peak_sum: 0,
+            ended: None,
+            field_cost: 0,
+            field_bytes: 0,
+            words: Passage::default(),
+        };
+        let also = Also { plain: None, path: None };
+        for (kept, &i) in together.iter().enumerate() {
+            memo.keep(Known::new(before, before, also, stretch(i), sums, 0), &[i as u16; WINDOW]);
+            for (at, &i) in together.iter().enumerate() {
+                let found = memo.find(before, &stretch(i), |_| true).map(|(place, _)| memo.costs(place)[0]);
+                let stays = at <= kept && kept < at + WAYS;
+                assert_eq!(found, stays.then_some(i as u16), "{at} behind {kept}");
             }
         }
     }
