@@ -677,11 +677,11 @@ impl Running {
                 && done == at
                 && let Some((next, known)) = memo.next(place)
                 && known.before == before
-                && known.stretch.begins(rest, at_end)
+                && known.text.begins(rest, at_end)
                 && self.holds(model, &known.also, ahead, text, at)
             {
                 (ahead, behind) = (Some(self.pass(model, known, memo.costs(next), source, at)), Some(next));
-                at += known.stretch.text().len();
+                at += known.text.bytes().len();
                 known_bytes += at - done;
                 done = at;
                 continue;
@@ -770,7 +770,7 @@ impl Running {
             self.accounts.pass_spans(known, costs, source, at);
         }
         self.accounts.pass(model, known);
-        self.normaliser.pass(known.stretch.text());
+        self.normaliser.pass(known.text.bytes());
         known.after
     }
 
@@ -827,7 +827,7 @@ impl Running {
         source: Sourced<'_>,
         block: &mut Block,
     ) -> Option<StateId> {
-        let (text, last) = (stretch.text(), stretch.is_last());
+        let (text, last) = (stretch.text.bytes(), stretch.text.is_last());
         let old = self.accounts.scores;
         let old_field = (self.accounts.field_cost, self.accounts.field_bytes);
         let plain_before = model.coder.plain_before(&self.accounts.state);
@@ -864,7 +864,7 @@ impl Running {
             let also = Also { plain, path: path_used.then_some((path_before, path)) };
             let (costs, len) = block.windows().next()?;
             let above = above(costs, len, *reference);
-            memo.keep(Known::new(before, after, also, stretch.clone(), sums, above), costs);
+            memo.keep(stretch, Known::new(before, after, also, stretch.text, sums, above), costs);
         }
         Some(after)
     }
@@ -1016,7 +1016,7 @@ impl Accounts {
     #[inline(always)]
     fn pass(&mut self, model: &UnitModel, known: &Known) {
         let Sums { cost, peak_sum, ended, field_cost, field_bytes, words } = &known.sums;
-        let (cost, bytes) = (u64::from(*cost), known.stretch.text().len() as u64);
+        let (cost, bytes) = (u64::from(*cost), known.text.bytes().len() as u64);
         self.scores.source_bytes += bytes;
         self.scores.bytes += bytes;
         self.scores.cost += cost;
@@ -1047,7 +1047,7 @@ impl Accounts {
     #[inline(never)]
     fn pass_spans(&mut self, known: &Known, costs: &[u16; WINDOW], source: Sourced<'_>, at: usize) {
         let begins = self.scores.source_bytes;
-        self.follow(costs, known.stretch.text().len(), known.above, |i| {
+        self.follow(costs, known.text.bytes().len(), known.above, |i| {
             let (start, body_start) = (begins + i as u64, source.body(at + i));
             Source { start, end: start + 1, body_start, body_end: body_start + 1 }
         });

@@ -95,14 +95,17 @@ pub(super) struct Also {
     pub(super) path: Option<(u32, u32)>,
 }
 
-/// A stretch that was scored.
+/// A stretch that was scored: three cache lines.
 #[derive(Clone, Debug)]
+#[repr(align(64))]
 pub(super) struct Known {
+    pub(super) text: Text,
     pub(super) before: StateId,
     pub(super) after: StateId,
+    /// The place of what followed it last. Another may have come there since.
+    next: u16,
     /// What else it depends on.
     pub(super) also: Also,
-    pub(super) stretch: Stretch,
     pub(super) sums: Sums,
     /// Its bytes that cost more than the reference, as bits.
     pub(super) above: u64,
@@ -113,11 +116,11 @@ impl Known {
         before: StateId,
         after: StateId,
         also: Also,
-        stretch: Stretch,
+        text: Text,
         sums: Sums,
         above: u64,
     ) -> Self {
-        Self { before, after, also, stretch, sums, above }
+        Self { text, before, after, next: 0, also, sums, above }
     }
 }
 
@@ -128,12 +131,13 @@ struct Gain {
     left_alone: u32,
 }
 
-/// The state in which a model's units begin.
-#[derive(Clone, Copy, Debug)]
+/// Where a model's units begin.
+#[derive(Clone, Copy, Debug, Default)]
 struct Start {
-    model: u64,
-    epoch: u64,
-    state: StateId,
+    /// Of this model, and as long as the states have their numbers.
+    state: Option<(u64, u64, StateId)>,
+    /// As [`Known::next`].
+    next: u16,
 }
 
 /// Stretches that were scored, and the states between them.
@@ -144,16 +148,13 @@ pub(super) struct Memo {
     known: Vec<Known>,
     /// What the bytes of each cost.
     costs: Vec<[u16; WINDOW]>,
-    /// The place of what followed last behind each of them, and behind the start of a unit of each model.
-    /// Another may have come there since.
-    followed: Vec<u16>,
     /// By hash: a place in `known`, and one more; 0 is free.
     places: Vec<u16>,
     states: Vec<(u64, State)>,
     /// Open addressing: a state's number + 1; 0 is free.
     index: Vec<u16>,
     gains: [Gain; ACCOUNTS],
-    starts: [Option<Start>; ACCOUNTS],
+    starts: [Start; ACCOUNTS],
     /// Nothing is kept.
     off: bool,
     /// How often the states were full: a state's number holds until then.
@@ -213,14 +214,20 @@ pub(super) fn is_stretch(rest: &[u8]) -> bool {
     (SHORTEST_LINE..=STRETCH_BYTES).contains(&rest.len())
 }
 
-/// A stretch of text.
-#[derive(Clone, Debug)]
-pub(super) struct Stretch {
+/// What a stretch of text says.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Text {
     /// Its bytes, and zeros: compared and hashed without a branch on the length.
-    text: [u8; STRETCH_BYTES],
+    bytes: [u8; STRETCH_BYTES],
     len: u8,
     /// Nothing follows it.
     last: bool,
+}
+
+/// A stretch of text that is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stretch {
+    pub(super) text: Text,
     hash: u64,
 }
 
@@ -228,33 +235,13 @@ impl Stretch {
     /// The first `len` bytes of `text`, at least one and at most 64.
     #[inline(always)]
     pub(super) fn new(text: &[u8], len: usize, last: bool) -> Self {
-        let text = Block64::new(text).front(len);
+        let bytes = Block64::new(text).front(len);
         let mut hash = (len as u64) << 1 | u64::from(last);
-        for (eight, i) in text.as_chunks::<8>().0.iter().zip(1..) {
+        for (eight, i) in bytes.as_chunks::<8>().0.iter().zip(1..) {
             let spread = u64::from_le_bytes(*eight).wrapping_mul(0x9E37_79B9_7F4A_7C15);
             hash = hash.wrapping_add(spread.rotate_left(7 * i));
         }
-        Self { text, len: len as u8, last, hash: scatter(hash ^ hash >> 32) }
-    }
-
-    /// Its bytes.
-    #[inline(always)]
-    pub(super) fn text(&self) -> &[u8] {
-        self.text.get(..self.len.into()).unwrap_or_default()
-    }
-
-    /// Nothing follows it.
-    pub(super) fn is_last(&self) -> bool {
-        self.last
-    }
-
-    /// Whether `text` begins with it; `at_end` says that nothing follows that.
-    #[inline(always)]
-    pub(super) fn begins(&self, text: &[u8], at_end: bool) -> bool {
-        let len = usize::from(self.len);
-        // All 64 bytes at once: comparing a few of them is a call natively and a loop in wasm.
-        let same = Block64::new(text).same(&Block64::new(&self.text)) | !below(len) == u64::MAX;
-        same && len <= text.len() && (!self.last || at_end && text.len() == len)
+        Self { text: Text { bytes, len: len as u8, last }, hash: scatter(hash ^ hash >> 32) }
     }
 
     #[inline(always)]
@@ -270,11 +257,33 @@ impl Stretch {
     }
 }
 
-impl PartialEq for Stretch {
+impl Text {
+    /// Its bytes.
+    #[inline(always)]
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len.into()).unwrap_or_default()
+    }
+
+    /// Nothing follows it.
+    pub(super) fn is_last(&self) -> bool {
+        self.last
+    }
+
+    /// Whether `text` begins with it; `at_end` says that nothing follows that.
+    #[inline(always)]
+    pub(super) fn begins(&self, text: &[u8], at_end: bool) -> bool {
+        let len = usize::from(self.len);
+        // All 64 bytes at once: comparing a few of them is a call natively and a loop in wasm.
+        let same = Block64::new(text).same(&Block64::new(&self.bytes)) | !below(len) == u64::MAX;
+        same && len <= text.len() && (!self.last || at_end && text.len() == len)
+    }
+}
+
+impl PartialEq for Text {
     #[inline(always)]
     fn eq(&self, other: &Self) -> bool {
         // All of it at once: where two differ nobody asks.
-        let differ = self.text.iter().zip(&other.text).fold(0, |differ, (a, b)| differ | a ^ b);
+        let differ = self.bytes.iter().zip(&other.bytes).fold(0, |differ, (a, b)| differ | a ^ b);
         differ == 0 && self.len == other.len && self.last == other.last
     }
 }
@@ -383,7 +392,7 @@ impl Memo {
         self.places.get(first..first + WAYS)?.iter().find_map(|&place| {
             let place = usize::from(place).checked_sub(1)?;
             let known = self.known.get(place)?;
-            let found = known.before == before && known.stretch == *stretch && holds(&known.also);
+            let found = known.before == before && known.text == stretch.text && holds(&known.also);
             found.then_some((place, known))
         })
     }
@@ -397,44 +406,46 @@ impl Memo {
     /// What followed last behind the stretch of this place.
     #[inline(always)]
     pub(super) fn next(&self, place: usize) -> Option<(usize, &Known)> {
-        let next = usize::from(*self.followed.get(place)?);
-        Some((next, self.known.get(next)?))
+        let next = match self.known.get(place) {
+            Some(known) => known.next,
+            None => self.starts.get(place.wrapping_sub(STRETCHES))?.next,
+        };
+        Some((next.into(), self.known.get(usize::from(next))?))
     }
 
     /// Behind the stretch of this place another follows.
     pub(super) fn follow(&mut self, place: usize, next: usize) {
-        if self.followed.is_empty() {
-            self.followed = vec![0; STRETCHES + ACCOUNTS];
-        }
-        if let Some(followed) = self.followed.get_mut(place) {
-            *followed = next as u16;
+        if let Some(known) = self.known.get_mut(place) {
+            known.next = next as u16;
+        } else if let Some(start) = self.starts.get_mut(place.wrapping_sub(STRETCHES)) {
+            start.next = next as u16;
         }
     }
 
-    /// Where a unit of this model begins: a place that other stretches follow, and the state there if it was
+    /// Where a unit of this model begins: a place that stretches follow, and the state there if it was
     /// [told](Self::begins_in).
     #[inline(always)]
     pub(super) fn start(&self, model: u64) -> (usize, Option<StateId>) {
         let account = model as usize & (ACCOUNTS - 1);
-        let start = self.starts.get(account).copied().flatten();
-        let of_now = start.filter(|start| start.model == model && start.epoch == self.epoch);
-        (STRETCHES + account, of_now.map(|start| start.state))
+        let told = self.starts.get(account).and_then(|start| start.state);
+        let of_now = told.filter(|&(of, epoch, _)| of == model && epoch == self.epoch);
+        (STRETCHES + account, of_now.map(|(_, _, state)| state))
     }
 
     /// Units of this model begin in this state.
     pub(super) fn begins_in(&mut self, model: u64, state: StateId) {
         if let Some(start) = self.starts.get_mut(model as usize & (ACCOUNTS - 1)) {
-            *start = Some(Start { model, epoch: self.epoch, state });
+            start.state = Some((model, self.epoch, state));
         }
     }
 
-    /// Keeps what a stretch came to in this state, and what its bytes cost; of those with about its hash the
-    /// oldest is forgotten.
-    pub(super) fn keep(&mut self, known: Known, costs: &[u16; WINDOW]) {
+    /// Keeps what the stretch came to, and what its bytes cost; of those whose hashes fall together the oldest
+    /// is forgotten.
+    pub(super) fn keep(&mut self, stretch: &Stretch, known: Known, costs: &[u16; WINDOW]) {
         if self.places.is_empty() {
             self.places = vec![0; STRETCHES];
         }
-        let first = known.stretch.place(known.before);
+        let first = stretch.place(known.before);
         let Some(ways) = self.places.get_mut(first..first + WAYS) else { return };
         let oldest = ways.last().copied().unwrap_or(0);
         let old = usize::from(oldest).wrapping_sub(1);
@@ -477,7 +488,8 @@ mod tests {
         };
         let also = Also { plain: None, path: None };
         for (kept, &i) in together.iter().enumerate() {
-            memo.keep(Known::new(before, before, also, stretch(i), sums, 0), &[i as u16; WINDOW]);
+            let known = Known::new(before, before, also, stretch(i).text, sums, 0);
+            memo.keep(&stretch(i), known, &[i as u16; WINDOW]);
             for (at, &i) in together.iter().enumerate() {
                 let found = memo.find(before, &stretch(i), |_| true).map(|(place, _)| memo.costs(place)[0]);
                 let stays = at <= kept && kept < at + WAYS;
