@@ -14,11 +14,10 @@
 //! whose hashes fall together the newest replaces the oldest; when the states are full, all of it starts
 //! anew.
 //!
-//! Cost: some 200 instructions a stretch that is known and follows what it followed before, 350 for one that
-//! follows another, 200 for one that never came, and a detour for what
-//! stands between known ones, as blocks of a few bytes are dear. So a model's texts are left alone for a
-//! megabyte once the detours cost more than the look-ups saved. At most 3.4 MiB for whoever scores,
-//! allocated as text comes again.
+//! Cost: some 250 instructions a stretch that is known and follows what it followed before, 600 for one that
+//! follows another, 250 for one that never came, and a detour for what stands between known ones, as blocks of
+//! a few bytes are dear. So a model's texts are left alone for a megabyte once the detours cost more than the
+//! look-ups saved. At most 3.2 MiB for whoever scores, allocated as text comes again.
 //!
 //! It can be switched off ([`Scratch::score_anew`](super::Scratch::score_anew)).
 //!
@@ -38,7 +37,7 @@ pub(super) const STRETCH_BYTES: usize = WINDOW;
 /// Shortest stretches, bytes: what is shorter goes on with the next. Text parts between words.
 const SHORTEST_LINE: usize = 12;
 const SHORTEST_MEMBER: usize = 16;
-const SHORTEST_TEXT: usize = 32;
+const SHORTEST_TEXT: usize = 44;
 
 /// What leaving the plain way for a stretch costs, in bytes of text that could have been scored.
 const DETOUR: i32 = 48;
