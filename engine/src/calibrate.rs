@@ -228,7 +228,6 @@ impl Tail {
     /// Of its parts, `quantiles` in ascending order.
     pub fn new(units: u32, beyond: u32, threshold: i64, scale: i64, quantiles: Vec<i64>) -> Self {
         let all = log2_fixed((u64::from(units) + 1) * 256);
-        let base = log2_fixed(u64::from(units)).saturating_sub(log2_fixed(u64::from(beyond)));
         let last = quantiles.len().saturating_sub(1).max(1) as u128;
         // -log2 of the share of units with as much as a quantile has, the units less by 1/2 of a unit as it is reached.
         let surprise = |i: usize| {
@@ -236,6 +235,9 @@ impl Tail {
             let at_least = (u128::from(units) * 256).saturating_sub(less) as u64 + 128;
             i64::from(all.saturating_sub(log2_fixed(at_least)) << FINE)
         };
+        // Not below the surprise of the lowest: of no unit or one, none lies beyond.
+        let beyond_share = log2_fixed(u64::from(units)).saturating_sub(log2_fixed(u64::from(beyond)));
+        let base = beyond_share.max((surprise(0) >> FINE) as u32);
         let ends = quantiles.iter().skip(1).map(Some).chain([None]);
         let steps = quantiles.iter().zip(ends).enumerate().map(|(i, (&from, to))| {
             let width = to.map_or(0, |&to| to.abs_diff(from));
@@ -584,6 +586,14 @@ mod tests {
             prop_assert!(b > c || tail.surprise(b) <= tail.surprise(c));
             prop_assert!(b > a || tail.surprise(b) <= tail.surprise(a));
             prop_assert!((0..=MAX_SURPRISE).contains(&tail.surprise(a)));
+        }
+
+        #[test]
+        fn the_tail_of_one_unit_or_none_grows_too(
+            unit in prop::option::of(-1000i64..1000), b in -1100i64..1100, c in -1100i64..1100,
+        ) {
+            let tail = Tail::fit(unit.into_iter().collect(), View::Peak, None);
+            prop_assert!(tail.surprise(b.min(c)) <= tail.surprise(b.max(c)));
         }
 
         /// Against the definition in floating point.

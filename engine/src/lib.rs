@@ -31,7 +31,7 @@ extern crate std;
 pub mod adapt;
 pub mod adapters;
 pub mod baseline;
-mod bitmap;
+pub mod bitmap;
 pub mod calibrate;
 pub mod coder;
 pub mod contrast;

@@ -22,7 +22,7 @@
 //! length. Every split of the bytes into chunks gives the same result, since
 //! all of it is sums and one recurrence.
 
-use crate::bitmap::below;
+use crate::bitmap::{below, copy};
 use crate::coder::{
     BLOCK_BYTES, Block, ContextModel, FieldNumber, MAX_COST, State, UNITS_PER_BIT, WINDOW, identity,
     log2_fixed, peak_weight,
@@ -35,7 +35,7 @@ use wide::{i16x8, i32x4};
 
 mod memo;
 
-use memo::{Also, Cuts, Ended, Known, Memo, StateId, Stretch, Sums};
+use memo::{Also, Cuts, Ended, Known, Memo, Seldom, StateId, Stretch, Sums};
 
 /// How many spans are kept as evidence.
 pub const MAX_SPANS: usize = 3;
@@ -343,7 +343,6 @@ impl UnitScores {
 pub struct Scratch {
     block: Block,
     memo: Memo,
-    known_bytes: u64,
     /// Scorers of units that have ended: making one anew costs as much as scoring a short unit.
     #[expect(clippy::vec_box, reason = "they go from a message to the next as they are, without a copy")]
     spare: Vec<Box<UnitScorer>>,
@@ -380,12 +379,12 @@ impl Scratch {
     /// Keeps no text to look up from now on, and forgets what it kept: every text is scored anew, with the same
     /// result. For who may not keep traffic in memory, or let anyone measure whether a text came before.
     pub fn score_anew(&mut self) {
-        self.memo = Memo::off();
+        self.memo.turn_off();
     }
 
     /// How many bytes were scored by looking up what they had come to before.
     pub fn known_bytes(&self) -> u64 {
-        self.known_bytes
+        self.memo.known_bytes
     }
 }
 
@@ -433,7 +432,7 @@ impl Waiting {
             *part = Part { at: self.len as u16, body };
             self.used += 1;
         }
-        room.copy_from_slice(text);
+        copy(room, text);
         self.len += text.len();
         true
     }
@@ -502,7 +501,7 @@ impl Gathered {
         }
         let taken = rest.get(..room).unwrap_or(rest);
         if let Some(to) = self.text.get_mut(self.len..self.len + taken.len()) {
-            to.copy_from_slice(taken);
+            copy(to, taken);
         }
         let skipped = if token { 0 } else { from as u64 };
         let (offset, body_start) = (piece.offset + skipped, piece.body_start + skipped);
@@ -627,7 +626,8 @@ impl Running {
     fn end(&mut self, model: &UnitModel, text: Sourced<'_>, scratch: &mut Scratch) -> UnitScores {
         let known = self.pass_known(model, text, true, scratch);
         self.score_last(model, text.slice(known, text.text().len()), &mut scratch.block);
-        self.accounts.flush(model, &mut self.gathered, &mut scratch.block, true);
+        let Scratch { block, memo, .. } = scratch;
+        self.flush(model, memo, block, true);
         self.accounts.end(model);
         self.accounts.scores
     }
@@ -662,27 +662,29 @@ impl Running {
         let Some(eager) = memo.prospect(self.identity, text.len()) else { return 0 };
         let (mut done, mut at, mut known_bytes, mut detours) = (0, 0, 0, 0);
         let mut cuts = Cuts::new(text, 0);
-        // The state, while `accounts.state` is behind, and the place of the one before.
-        let (mut ahead, mut behind) = (None, None);
+        // The state, while `accounts.state` is behind; the place of the stretch before, and what followed that.
+        let (mut ahead, mut behind, mut foretold) = (None, None, None);
         let begins = self.normaliser.is_at_start();
         if begins {
-            let (place, state) = memo.start(self.identity);
-            (ahead, behind) = (state, Some(place));
+            let (place, state, likely) = memo.start(self.identity);
+            (ahead, behind, foretold) = (state, Some(place), likely);
         }
         // Where a stretch begins that came before and waits for another.
         let mut first = None;
         while let Some(rest) = text.get(at..) {
             // Mostly the same follows again.
-            if let (Some(before), Some(place)) = (ahead, behind)
+            if let (Some(before), Some(likely)) = (ahead, foretold.take())
                 && done == at
-                && let Some((next, known)) = memo.next(place)
-                && known.before == before
-                && known.text.begins(rest, at_end)
-                && self.holds(model, &known.also, ahead, text, at)
+                && (likely.before, Some(&likely.begins)) == (before, rest.first())
+                && let Some((known, seldom)) = memo.known(likely.place)
+                && known.begins(rest, at_end)
+                && (!known.asks_more() || self.holds(model, &seldom.also, ahead, text, at))
             {
-                (ahead, behind) = (Some(self.pass(model, known, memo.costs(next), source, at)), Some(next));
-                at += known.text.bytes().len();
-                known_bytes += at - done;
+                foretold = memo.behind(known);
+                self.pass(model, known, seldom, source, at);
+                (ahead, behind) = (Some(known.after), Some(likely.place));
+                at += known.len();
+                known_bytes += known.len();
                 done = at;
                 continue;
             }
@@ -721,7 +723,7 @@ impl Running {
                 (done, behind) = (start, None);
                 detours += 1;
             }
-            if ahead.is_none() && !self.is_at_rest(model, block) {
+            if ahead.is_none() && !self.is_at_rest(model, memo, block) {
                 continue;
             }
             let before = ahead.unwrap_or_else(|| {
@@ -732,8 +734,12 @@ impl Running {
                 id
             });
             let found = memo.find(before, &stretch, |also| self.holds(model, also, ahead, text, start));
-            if let Some((place, known)) = found {
-                ahead = Some(self.pass(model, known, memo.costs(place), source, start));
+            if let Some((place, known, seldom)) =
+                found.and_then(|place| memo.known(place).map(|(known, seldom)| (place, known, seldom)))
+            {
+                foretold = memo.behind(known);
+                self.pass(model, known, seldom, source, start);
+                ahead = Some(known.after);
                 known_bytes += len;
                 if let Some(behind) = behind.replace(place) {
                     memo.follow(behind, place);
@@ -751,27 +757,20 @@ impl Running {
         }
         self.catch_up(memo, ahead, text.get(..done).unwrap_or_default());
         memo.account(self.identity, known_bytes, detours);
-        scratch.known_bytes += known_bytes as u64;
+        memo.known_bytes += known_bytes as u64;
         done
     }
 
-    /// Takes the stretch at `source`'s `at` for what it came to, and returns the state behind it;
-    /// `accounts.state` stays behind.
+    /// Takes the stretch at `source`'s `at` for what it came to; `accounts.state` stays behind.
     #[inline(always)]
-    fn pass(
-        &mut self,
-        model: &UnitModel,
-        known: &Known,
-        costs: &[u16; WINDOW],
-        source: Sourced<'_>,
-        at: usize,
-    ) -> StateId {
-        if known.above != 0 {
-            self.accounts.pass_spans(known, costs, source, at);
+    fn pass(&mut self, model: &UnitModel, known: &Known, seldom: &Seldom, source: Sourced<'_>, at: usize) {
+        let len = known.len();
+        if known.is_above() {
+            self.accounts.pass_spans(seldom, len, source, at);
         }
-        self.accounts.pass(model, known);
-        self.normaliser.pass(known.text.bytes());
-        known.after
+        self.accounts.pass(model, known, seldom);
+        self.accounts.scores.source_bytes += len as u64;
+        self.normaliser.pass(source.text().get(at..at + len).unwrap_or_default());
     }
 
     /// Whether what a stretch depends on beyond the state is as it was.
@@ -806,12 +805,12 @@ impl Running {
 
     /// Nothing waits: what comes next depends on the coder's state and the sums alone. Scores what was
     /// gathered if that is all that waits.
-    fn is_at_rest(&mut self, model: &UnitModel, block: &mut Block) -> bool {
+    fn is_at_rest(&mut self, model: &UnitModel, memo: &mut Memo, block: &mut Block) -> bool {
         if !self.normaliser.is_idle() {
             return false;
         }
         if !self.gathered.text().is_empty() {
-            self.accounts.flush(model, &mut self.gathered, block, false);
+            self.flush(model, memo, block, false);
         }
         self.accounts.words.is_between_words()
     }
@@ -828,11 +827,7 @@ impl Running {
         block: &mut Block,
     ) -> Option<StateId> {
         let (text, last) = (stretch.text.bytes(), stretch.text.is_last());
-        let old = self.accounts.scores;
-        let old_field = (self.accounts.field_cost, self.accounts.field_bytes);
-        let plain_before = model.coder.plain_before(&self.accounts.state);
-        let path_before = self.accounts.state.tracker().path();
-        self.accounts.state.tracker().watch_path();
+        let was = self.note(model);
         if last {
             self.score_last(model, source, block);
         } else {
@@ -841,6 +836,75 @@ impl Running {
         if !self.normaliser.is_idle() || self.gathered.text() != text {
             return None;
         }
+        self.keep(model, memo, before, stretch, &was, block)
+    }
+
+    /// As [`Accounts::flush`] of what was gathered; a short block that came before is looked up.
+    fn flush(&mut self, model: &UnitModel, memo: &mut Memo, block: &mut Block, at_end: bool) {
+        let text = self.gathered.text();
+        if (1..=memo::STRETCH_BYTES).contains(&text.len())
+            && self.accounts.words.is_between_words()
+            && memo.looks_at_block(self.identity)
+        {
+            let (stretch, text_len) = (Stretch::normalised(text, at_end), text.len());
+            if memo.came_before(&stretch) {
+                let before = memo.state_id(self.identity, &self.accounts.state);
+                match memo.find(before, &stretch, |also| self.holds(model, also, None, &[], 0)) {
+                    Some(place) => {
+                        memo.account_block(self.identity, Some(text_len));
+                        self.pass_block(model, memo, place);
+                    }
+                    None => {
+                        memo.account_block(self.identity, None);
+                        let was = self.note(model);
+                        if self.keep(model, memo, before, &stretch, &was, block).is_none() {
+                            memo.give_up(&stretch);
+                        }
+                    }
+                }
+            }
+        }
+        // What is left of it, which may be nothing.
+        self.accounts.flush(model, &mut self.gathered, block, at_end);
+    }
+
+    /// Takes what was gathered for what the normalised stretch in this place came to.
+    fn pass_block(&mut self, model: &UnitModel, memo: &mut Memo, place: usize) {
+        let Self { gathered, accounts, .. } = self;
+        let Some((known, seldom)) = memo.known(place) else { return };
+        let len = known.len();
+        if known.is_above() {
+            accounts.follow(&seldom.costs, len, seldom.above, |i| gathered.source(i));
+        }
+        accounts.pass(model, known, seldom);
+        if let Some(state) = memo.state(known.after) {
+            accounts.state.go_on_as(state, gathered.text());
+        }
+        memo.known_bytes += len as u64;
+        (gathered.len, gathered.used) = (0, 0);
+    }
+
+    /// What the accounts are before a stretch that is to be kept.
+    fn note(&mut self, model: &UnitModel) -> Before {
+        let Accounts { scores, field_cost, field_bytes, state, .. } = &mut self.accounts;
+        let plain = model.coder.plain_before(state);
+        let path = state.tracker().path();
+        state.tracker().watch_path();
+        Before { scores: *scores, field: (*field_cost, *field_bytes), plain, path }
+    }
+
+    /// Scores what was gathered, which is the stretch, and keeps what it came to; the state behind it, if it is at
+    /// rest there.
+    fn keep(
+        &mut self,
+        model: &UnitModel,
+        memo: &mut Memo,
+        before: StateId,
+        stretch: &Stretch,
+        was: &Before,
+        block: &mut Block,
+    ) -> Option<StateId> {
+        let (text, last) = (stretch.text.bytes(), stretch.text.is_last());
         self.accounts.flush(model, &mut self.gathered, block, last);
         let words = Passage::of(&model.vocabulary, text, last)?;
         let epoch = memo.epoch;
@@ -849,25 +913,34 @@ impl Running {
         let (path, path_used) = (tracker.path(), tracker.path_used());
         let Accounts { scores, field_cost, field_bytes, reference, .. } = &self.accounts;
         let small = |sum: u64| u32::try_from(sum).ok();
-        let ended = Accounts::ended(model, block);
-        let (cost_before, bytes_before) = if ended.is_some() { (0, 0) } else { old_field };
+        let ended = Accounts::ended(model, block)?;
+        let (cost_before, bytes_before) = if ended.is_some() { (0, 0) } else { was.field };
         let sums = Sums {
-            cost: small(scores.cost - old.cost)?,
-            peak_sum: small(scores.peak_sum - old.peak_sum)?,
+            cost: small(scores.cost - was.scores.cost)?,
+            peak_sum: small(scores.peak_sum - was.scores.peak_sum)?,
             ended,
             field_cost: small(field_cost - cost_before)?,
-            field_bytes: small(field_bytes - bytes_before)?,
-            words,
+            field_bytes: u8::try_from(field_bytes - bytes_before).ok()?,
         };
         if memo.epoch == epoch {
-            let plain = block.looked_back().then_some(plain_before);
-            let also = Also { plain, path: path_used.then_some((path_before, path)) };
+            let plain = block.looked_back().then_some(was.plain);
+            let also = Also { plain, path: path_used.then_some((was.path, path)) };
             let (costs, len) = block.windows().next()?;
-            let above = above(costs, len, *reference);
-            memo.keep(stretch, Known::new(before, after, also, stretch.text, sums, above), costs);
+            let seldom = Seldom { also, above: above(costs, len, *reference), costs: *costs };
+            memo.keep(stretch, Known::new(before, after, stretch.text, sums, words, &seldom), seldom);
         }
         Some(after)
     }
+}
+
+/// The accounts before a stretch.
+struct Before {
+    scores: UnitScores,
+    /// Cost and bytes of the field under way.
+    field: (u64, u64),
+    /// The plain state, and the path.
+    plain: u32,
+    path: u32,
 }
 
 /// Shorter texts are scored as they are.
@@ -955,6 +1028,7 @@ impl Accounts {
         (gathered.len, gathered.used) = (0, 0);
     }
 
+    #[inline(always)]
     fn end_field(&mut self, model: &UnitModel, field: Option<FieldNumber>) {
         let moments = model.expected.of(field);
         let expected = self.field_bytes * u64::from(moments.mean) / u64::from(UNITS_PER_BIT);
@@ -973,16 +1047,17 @@ impl Accounts {
         (self.field_cost, self.field_bytes) = (0, 0);
     }
 
-    /// The fields that end in a block, if any does.
-    fn ended(model: &UnitModel, block: &Block) -> Option<Ended> {
+    /// The fields that end in a block of one stretch, if any does; nothing if they came to more than is kept.
+    fn ended(model: &UnitModel, block: &Block) -> Option<Option<Ended>> {
         let mut segments = block.segments();
         let (mut cost, mut start) = (0, 0);
         let first = segments.by_ref().find(|segment| {
             cost += sum(block.costs().get(start..segment.end).unwrap_or_default());
             start = segment.end;
             segment.complete
-        })?;
-        let bytes = first.end as u32;
+        });
+        let Some(first) = first else { return Some(None) };
+        let bytes = u8::try_from(first.end).ok()?;
         let mut others = Self::new(model);
         for segment in segments {
             let costs = block.costs().get(start..segment.end).unwrap_or_default();
@@ -993,7 +1068,8 @@ impl Accounts {
             }
             start = segment.end;
         }
-        Some(Ended { cost, bytes, field: first.field, others: others.scores.field_sum })
+        let others = u32::try_from(others.scores.field_sum).ok()?;
+        Some(Some(Ended { cost, bytes, field: first.field, others }))
     }
 
     fn end(&mut self, model: &UnitModel) {
@@ -1014,26 +1090,27 @@ impl Accounts {
 
     /// As [`Self::flush`] of a stretch that came to this in this state, but for the state.
     #[inline(always)]
-    fn pass(&mut self, model: &UnitModel, known: &Known) {
-        let Sums { cost, peak_sum, ended, field_cost, field_bytes, words } = &known.sums;
-        let (cost, bytes) = (u64::from(*cost), known.text.bytes().len() as u64);
-        self.scores.source_bytes += bytes;
+    fn pass(&mut self, model: &UnitModel, known: &Known, seldom: &Seldom) {
+        let Sums { cost, peak_sum, ended, field_cost, field_bytes } = known.sums();
+        let (cost, bytes) = (u64::from(cost), known.len() as u64);
         self.scores.bytes += bytes;
         self.scores.cost += cost;
-        self.scores.peak_sum += u64::from(*peak_sum);
+        self.scores.peak_sum += u64::from(peak_sum);
         if let Some(Ended { cost, bytes, field, others }) = ended {
-            self.field_cost += u64::from(*cost);
-            self.field_bytes += u64::from(*bytes);
-            self.end_field(model, *field);
-            self.scores.field_sum = self.scores.field_sum.saturating_add(*others);
+            self.field_cost += u64::from(cost);
+            self.field_bytes += u64::from(bytes);
+            self.end_field(model, field);
+            self.scores.field_sum = self.scores.field_sum.saturating_add(others.into());
         }
-        self.field_cost += u64::from(*field_cost);
-        self.field_bytes += u64::from(*field_bytes);
-        if let Some((_, path)) = known.also.path {
+        self.field_cost += u64::from(field_cost);
+        self.field_bytes += u64::from(field_bytes);
+        if known.asks_more()
+            && let Some((_, path)) = seldom.also.path
+        {
             self.state.tracker().set_path(path);
         }
-        self.words.pass(&model.vocabulary, words);
-        if known.above == 0 && self.height > 0 {
+        self.words.pass(&model.vocabulary, &known.words);
+        if self.height > 0 && !known.is_above() {
             // No byte costs more than the reference: the CUSUM only falls.
             self.height = (self.height + cost).saturating_sub(bytes * u64::from(self.reference));
             self.running_cost += cost;
@@ -1043,11 +1120,11 @@ impl Accounts {
         }
     }
 
-    /// Follows the CUSUM over the costs of the known stretch at `source`'s `at`, which comes next.
+    /// Follows the CUSUM over the costs of the known stretch of `len` bytes at `source`'s `at`, which comes next.
     #[inline(never)]
-    fn pass_spans(&mut self, known: &Known, costs: &[u16; WINDOW], source: Sourced<'_>, at: usize) {
+    fn pass_spans(&mut self, seldom: &Seldom, len: usize, source: Sourced<'_>, at: usize) {
         let begins = self.scores.source_bytes;
-        self.follow(costs, known.text.bytes().len(), known.above, |i| {
+        self.follow(&seldom.costs, len, seldom.above, |i| {
             let (start, body_start) = (begins + i as u64, source.body(at + i));
             Source { start, end: start + 1, body_start, body_end: body_start + 1 }
         });
@@ -1433,7 +1510,7 @@ mod tests {
                 (0..8).map(|k| PARTS[(i * 7 + k * (i % 5 + 1)) % PARTS.len()]).collect()
             } else {
                 // What is sent depends on where to.
-                form(i, i % 30, &[(0, i % 2), (1, i + 1), (2, 2), (3, i * i), (2, 3)])
+                form(i, i % 30, &[(0, i % 2), (1, i + 1), (3, i * i), (2, if i % 3 == 1 { 2 } else { 3 })])
             };
             let unit = crate::baseline::normalise(unit.as_bytes(), normalised);
             counts.train(&unit);
@@ -1454,7 +1531,13 @@ mod tests {
         MODELS.get_or_init(|| [(DEFAULT_NORMALISED, 2), (ClassSet::NONE, 9), (ClassSet::NONE, 28)].map(of))
     }
 
+    /// That a stretch was known depends on much, and little of it decides often.
+    fn many() -> ProptestConfig {
+        ProptestConfig::with_cases(ProptestConfig::default().cases.max(4000))
+    }
+
     proptest! {
+        #![proptest_config(many())]
         #[test]
         fn what_was_scored_before_changes_no_score(
             texts in prop::collection::vec((repetitive(), prop::collection::vec(0usize..400, 0..3)), 1..8),
@@ -1472,6 +1555,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(many())]
         #[test]
         fn what_waits_for_more_is_scored_as_what_does_not(
             texts in prop::collection::vec((repetitive(), prop::collection::vec((0usize..400, 0u64..3), 0..90)), 1..6),
@@ -1522,6 +1606,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A parameter too short to be a stretch, whose value depends on where it is sent: known as a block.
+    #[test]
+    fn a_short_last_parameter_sent_elsewhere() {
+        let model = model_of_parts(ClassSet::NONE, 9);
+        let cost = |path, value| score(&model, form(path, 1, &[(0, 0), (2, value)]).as_bytes(), &[], 0).cost;
+        assert!(cost(1, 2) < cost(1, 3) && cost(2, 3) < cost(2, 2), "its value depends on the path");
+        let mut scratch = Scratch::default();
+        for (path, value) in (0..8).flat_map(|_| (1..3).flat_map(|path| [(path, 2), (path, 3)])) {
+            let text = form(path, 1, &[(0, 0), (2, value)]);
+            let scores = score_in(&model, text.as_bytes(), &[], 0, &mut scratch);
+            assert_eq!(scores, score(&model, text.as_bytes(), &[], 0), "{text}");
+        }
+        // All of it, to the last byte.
+        let (known, text) = (scratch.known_bytes(), form(2, 1, &[(0, 0), (2, 3)]));
+        score_in(&model, text.as_bytes(), &[], 0, &mut scratch);
+        assert_eq!(scratch.known_bytes() - known, text.len() as u64);
     }
 
     #[test]

@@ -19,6 +19,7 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::cell::Cell;
 
 use crate::bitmap::{Block64, below, digits, equal, letters};
 use crate::coder::{identity, scatter};
@@ -202,29 +203,44 @@ impl WordTracker {
     #[inline(always)]
     pub(crate) fn pass(&mut self, vocabulary: &Vocabulary, passage: &Passage) {
         let Counted { tally, previous, previous_known } = &mut self.counted;
-        tally.words = tally.words.saturating_add(passage.tally.words);
-        tally.new_words = tally.new_words.saturating_add(passage.tally.new_words);
-        tally.new_pairs = tally.new_pairs.saturating_add(passage.tally.new_pairs);
-        if let Some((first, known)) = passage.first {
-            let new = known & *previous_known && !vocabulary.holds(pair(*previous, first));
-            tally.new_pairs = tally.new_pairs.saturating_add(new.into());
-            (*previous, *previous_known) = passage.last;
+        tally.words = tally.words.saturating_add(passage.words.into());
+        tally.new_words = tally.new_words.saturating_add(passage.new_words.into());
+        tally.new_pairs = tally.new_pairs.saturating_add(passage.new_pairs.into());
+        if passage.is(Passage::PAIRS) {
+            if passage.is(Passage::FIRST_KNOWN) & *previous_known {
+                let new = passage.is_new_behind(vocabulary, *previous);
+                tally.new_pairs = tally.new_pairs.saturating_add(new.into());
+            }
+            (*previous, *previous_known) = (passage.last, passage.is(Passage::LAST_KNOWN));
         }
     }
 }
 
-/// What the words of a text came to that begins and ends between words.
-#[derive(Clone, Copy, Debug, Default)]
+/// What the words of a text of at most 255 bytes came to that begins and ends between words.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Passage {
-    /// But for the pair of the word before and the first.
-    tally: WordTally,
-    /// The first word that makes pairs, and whether it is familiar.
-    first: Option<(u64, bool)>,
-    /// The last of them.
-    last: (u64, bool),
+    /// The first word that makes pairs, and the last.
+    first: u64,
+    last: u64,
+    /// The word that stood before the first when that was looked up: mostly the same stands there again.
+    before: Cell<u64>,
+    /// As in [`WordTally`], but for the pair of the word before and the first.
+    words: u8,
+    new_words: u8,
+    new_pairs: u8,
+    flags: Cell<u8>,
 }
 
 impl Passage {
+    /// Some word makes pairs.
+    const PAIRS: u8 = 1;
+    /// The first is familiar; the last is.
+    const FIRST_KNOWN: u8 = 2;
+    const LAST_KNOWN: u8 = 4;
+    /// The first was looked up behind `before`; and they never stood together.
+    const LOOKED_UP: u8 = 8;
+    const NEW: u8 = 16;
+
     /// Of a whole text; nothing if it ends inside a word, unless nothing follows.
     pub(crate) fn of(vocabulary: &Vocabulary, text: &[u8], at_end: bool) -> Option<Self> {
         let (mut words, mut counted, mut first) = (Words::default(), Counted::default(), None);
@@ -234,8 +250,41 @@ impl Passage {
                 first = Some((counted.previous, counted.previous_known));
             }
         });
-        let last = (counted.previous, counted.previous_known);
-        (!words.is_open()).then_some(Self { tally: counted.tally, first, last })
+        if words.is_open() {
+            return None;
+        }
+        let small = |count: u32| u8::try_from(count).ok();
+        let flag = |holds: bool, flag: u8| if holds { flag } else { 0 };
+        let (first_word, first_known) = first.unwrap_or_default();
+        Some(Self {
+            first: first_word,
+            last: counted.previous,
+            before: Cell::new(0),
+            words: small(counted.tally.words)?,
+            new_words: small(counted.tally.new_words)?,
+            new_pairs: small(counted.tally.new_pairs)?,
+            flags: Cell::new(
+                flag(first.is_some(), Self::PAIRS)
+                    | flag(first_known, Self::FIRST_KNOWN)
+                    | flag(counted.previous_known, Self::LAST_KNOWN),
+            ),
+        })
+    }
+
+    #[inline(always)]
+    fn is(&self, flag: u8) -> bool {
+        self.flags.get() & flag != 0
+    }
+
+    /// Whether the vocabulary never saw the first word behind this one.
+    #[inline(always)]
+    fn is_new_behind(&self, vocabulary: &Vocabulary, word: u64) -> bool {
+        if !self.is(Self::LOOKED_UP) || self.before.get() != word {
+            let new = !vocabulary.holds(pair(word, self.first));
+            self.before.set(word);
+            self.flags.set(self.flags.get() & !Self::NEW | Self::LOOKED_UP | if new { Self::NEW } else { 0 });
+        }
+        self.is(Self::NEW)
     }
 }
 

@@ -8,7 +8,7 @@
 //! for one that does nothing.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use driftlock_inspect::host::Direction;
@@ -19,7 +19,7 @@ use crate::{Root, Stream, hostcall};
 #[derive(Default)]
 struct Contexts {
     roots: BTreeMap<u32, Rc<RefCell<Root>>>,
-    streams: HashMap<u32, Rc<Stream>>,
+    streams: BTreeMap<u32, Rc<Stream>>,
 }
 
 thread_local! {

@@ -13,6 +13,7 @@ use core::cell::Cell;
 
 use super::context::{FIELD_ORDER, PLAIN_ORDER};
 use super::{ModelError, cost_of, identity, scatter, weighted};
+use crate::bitmap::copy;
 use crate::field::{FieldTracker, START};
 
 /// Bytes that are costed at once.
@@ -105,6 +106,18 @@ impl FieldNumber {
     /// The place.
     pub fn index(self) -> usize {
         usize::from(self.0)
+    }
+
+    /// As two bytes, or as what no field's number is.
+    #[inline(always)]
+    pub(crate) fn pack(field: Option<Self>) -> u16 {
+        field.map_or(NO_FIELD, |field| field.0)
+    }
+
+    /// Of what [`Self::pack`] made.
+    #[inline(always)]
+    pub(crate) fn unpack(packed: u16) -> Option<Self> {
+        (packed != NO_FIELD).then_some(Self(packed))
     }
 }
 
@@ -218,7 +231,7 @@ impl Block {
         self.segment_ends.iter().zip(&self.segment_fields).take(self.segments).enumerate().map(
             move |(i, (&end, &field))| Segment {
                 end: end.into(),
-                field: (field != NO_FIELD).then_some(FieldNumber(field)),
+                field: FieldNumber::unpack(field),
                 complete: i != last || self.last_complete,
             },
         )
@@ -229,7 +242,7 @@ impl Block {
             (self.segment_ends.get_mut(self.segments), self.segment_fields.get_mut(self.segments))
         {
             *ends = end as u16;
-            *fields = field.map_or(NO_FIELD, |field| field.0);
+            *fields = FieldNumber::pack(field);
             self.segments += 1;
         }
     }
@@ -244,7 +257,7 @@ impl State {
 
     /// A hash of what [`Self::is_like`] compares.
     pub(crate) fn hash(&self, seed: u64) -> u64 {
-        let field = self.field.map_or(NO_FIELD, |field| field.0);
+        let field = FieldNumber::pack(self.field);
         let place = u64::from(self.at) << 32 | u64::from(field) << 8 | self.seen as u64;
         scatter(self.tracker.hash(scatter(seed ^ place)))
     }
@@ -254,15 +267,20 @@ impl State {
         &mut self.tracker
     }
 
-    /// The state that is like `known`, behind `text`, of which there are at least four bytes; of this one
-    /// the path is kept.
+    /// The state that is like `known`, behind `text`; of this one the path is kept, and of the last bytes those that
+    /// `text` is too short for.
     pub(crate) fn go_on_as(&mut self, known: &Self, text: &[u8]) {
-        let path = self.tracker.path();
+        let (path, mut history) = (self.tracker.path(), self.history);
+        match text.last_chunk() {
+            Some(last) => history = *last,
+            None => {
+                history.rotate_left(text.len());
+                history.iter_mut().rev().zip(text.iter().rev()).for_each(|(to, &byte)| *to = byte);
+            }
+        }
         self.clone_from(known);
         self.tracker.set_path(path);
-        if let Some(last) = text.last_chunk() {
-            self.history = *last;
-        }
+        self.history = history;
     }
 
     /// The field that the next byte stands in, if the model has contexts of its own for it.
@@ -574,7 +592,7 @@ impl Lanes {
             let (part, behind) = rest.split_at_checked(quarter).unwrap_or_default();
             let (part, behind) = if i == LANES { (rest, behind) } else { (part, behind) };
             if let Some(lane) = lane.get_mut(..part.len()) {
-                lane.copy_from_slice(part);
+                copy(lane, part);
             }
             rest = behind;
         }

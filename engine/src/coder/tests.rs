@@ -137,6 +137,22 @@ proptest! {
         prop_assert_eq!(&whole, &run(&bytewise));
     }
 
+    /// What was looked up leads where scoring leads, however short it is.
+    #[test]
+    fn a_state_goes_on_as_one_that_was_there(train in units(), test in units(), at in 0usize..40) {
+        let model = model(&often(&train));
+        for unit in &test {
+            let (front, back) = unit.split_at(at.min(unit.len()));
+            let (mut state, mut block) = (model.start(), Block::default());
+            model.cost_block(&mut state, front, &mut block);
+            let mut behind = state.clone();
+            model.cost_block(&mut behind, back, &mut block);
+            state.tracker().set_path(behind.tracker().path());
+            state.go_on_as(&behind, back);
+            prop_assert_eq!(state, behind);
+        }
+    }
+
     #[test]
     fn freezing_depends_neither_on_order_nor_on_who_counted(units in units(), at in 0usize..12) {
         let units = often(&units);

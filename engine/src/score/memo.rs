@@ -8,16 +8,20 @@
 //! bytes, and the same in every message. Their scores are those of the frozen model either way; whether
 //! they are looked up changes the time and nothing else (tested against scoring without).
 //!
-//! What is kept: only text that came at least twice, that holds no token and no cost that depends on more
-//! than its own bytes and the state before it. Where bytes cost more than the reference, what each cost is
-//! looked at again: where a span of evidence begins and ends depends on what stood before. Of four stretches
-//! whose hashes fall together the newest replaces the oldest; when the states are full, all of it starts
-//! anew.
+//! What such stretches leave of a unit (what stands around its tokens, its end, all of a short one) is looked up too,
+//! block by block, once it is normalised: an identifier's marker in its member is the same in every message.
+//!
+//! What is kept: only text that came at least twice, with no cost that depends on more than its own bytes and the
+//! state before it; as it came only what holds no token. Where bytes cost more than the reference, what each cost is
+//! looked at again: where a span of evidence begins and ends depends on what stood before. Of four stretches whose
+//! hashes fall together the newest replaces the oldest; when the states are full, all of it starts anew.
 //!
 //! Cost: some 250 instructions a stretch that is known and follows what it followed before, 600 for one that
 //! follows another, 250 for one that never came, and a detour for what stands between known ones, as blocks of
 //! a few bytes are dear. So a model's texts are left alone for a megabyte once the detours cost more than the
-//! look-ups saved. At most 3.2 MiB for whoever scores, allocated as text comes again.
+//! look-ups saved, and its blocks for eight thousand once these did. Between requests all of it leaves a proxy's
+//! caches: what is asked of every stretch takes two cache lines, and those of the stretch to come are read while the
+//! one before is worked on. 3.2 MiB for whoever scores, allocated when text first comes again and touched as it fills.
 //!
 //! It can be switched off ([`Scratch::score_anew`](super::Scratch::score_anew)).
 //!
@@ -47,6 +51,13 @@ const LEFT_ALONE: u32 = 1 << 20;
 /// How many models' gains are told apart.
 const ACCOUNTS: usize = 16;
 
+/// The same of blocks, in what a look costs (90 instructions): what it costs to keep one, what one that is known saves,
+/// and beside that for each four bytes of it; when they are left alone, and for how many blocks.
+const BLOCK_KEPT: i32 = 8;
+const BLOCK_KNOWN: i32 = 3;
+const MOST_BLOCKS_LOST: i32 = 1 << 8;
+const BLOCKS_LEFT_ALONE: u32 = 1 << 13;
+
 /// Places for stretches, states, and marks of what came once. Powers of two.
 const STRETCHES: usize = 1 << 13;
 const STATES: usize = 1 << 12;
@@ -59,9 +70,9 @@ const MARKS: usize = 1 << 15;
 pub(super) struct StateId(u16);
 
 /// What a stretch came to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Sums {
-    /// Code length and bytes, 1/256 bit.
+    /// Code length, 1/256 bit.
     pub(super) cost: u32,
     /// Sum of 2^(c/4), in 1/256.
     pub(super) peak_sum: u32,
@@ -69,9 +80,7 @@ pub(super) struct Sums {
     pub(super) ended: Option<Ended>,
     /// Cost and bytes of the field under way behind it, of those since the stretch began.
     pub(super) field_cost: u32,
-    pub(super) field_bytes: u32,
-    /// Its words.
-    pub(super) words: Passage,
+    pub(super) field_bytes: u8,
 }
 
 /// Fields that end in a stretch.
@@ -79,14 +88,14 @@ pub(super) struct Sums {
 pub(super) struct Ended {
     /// Cost and bytes that it adds to the first of them, which may have begun before.
     pub(super) cost: u32,
-    pub(super) bytes: u32,
+    pub(super) bytes: u8,
     pub(super) field: Option<FieldNumber>,
     /// What the others add to the unit's sum.
-    pub(super) others: u64,
+    pub(super) others: u32,
 }
 
 /// What a stretch came to depends on beyond the state, and most do not.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Also {
     /// The plain state before it.
     pub(super) plain: Option<u32>,
@@ -94,36 +103,164 @@ pub(super) struct Also {
     pub(super) path: Option<(u32, u32)>,
 }
 
-/// A stretch that was scored: three cache lines.
+/// A stretch that was scored: what is asked of every one in a cache line, and its text in another. Where stretches
+/// follow one another, most of the time would go into waiting for these.
 #[derive(Clone, Debug)]
-#[repr(align(64))]
+#[repr(C, align(128))]
 pub(super) struct Known {
-    pub(super) text: Text,
     pub(super) before: StateId,
     pub(super) after: StateId,
     /// The place of what followed it last. Another may have come there since.
     next: u16,
+    len: u8,
+    flags: u8,
+    cost: u32,
+    peak_sum: u32,
+    field_cost: u32,
+    ended_cost: u32,
+    ended_others: u32,
+    ended_field: u16,
+    ended_bytes: u8,
+    field_bytes: u8,
+    pub(super) words: Passage,
+    bytes: [u8; STRETCH_BYTES],
+}
+
+/// What few stretches are asked for.
+#[derive(Clone, Debug)]
+#[repr(align(64))]
+pub(super) struct Seldom {
     /// What else it depends on.
     pub(super) also: Also,
-    pub(super) sums: Sums,
     /// Its bytes that cost more than the reference, as bits.
     pub(super) above: u64,
+    /// What its bytes cost.
+    pub(super) costs: [u16; WINDOW],
 }
 
 impl Known {
+    /// Nothing follows its text.
+    const LAST: u8 = 1;
+    /// A field ends in it.
+    const ENDS: u8 = 2;
+    /// It depends on more than the state.
+    const ALSO: u8 = 4;
+    /// Some byte costs more than the reference.
+    const ABOVE: u8 = 8;
+    /// Its text is normalised.
+    const NORMALISED: u8 = 16;
+
     pub(super) fn new(
         before: StateId,
         after: StateId,
-        also: Also,
         text: Text,
         sums: Sums,
-        above: u64,
+        words: Passage,
+        seldom: &Seldom,
     ) -> Self {
-        Self { text, before, after, next: 0, also, sums, above }
+        let Sums { cost, peak_sum, ended, field_cost, field_bytes } = sums;
+        let flag = |holds: bool, flag: u8| if holds { flag } else { 0 };
+        let flags = flag(text.last, Self::LAST)
+            | flag(ended.is_some(), Self::ENDS)
+            | flag(seldom.also.plain.is_some() || seldom.also.path.is_some(), Self::ALSO)
+            | flag(seldom.above != 0, Self::ABOVE)
+            | flag(text.normalised, Self::NORMALISED);
+        let ended = ended.unwrap_or(Ended { cost: 0, bytes: 0, field: None, others: 0 });
+        Self {
+            before,
+            after,
+            next: 0,
+            len: text.len,
+            flags,
+            cost,
+            peak_sum,
+            field_cost,
+            ended_cost: ended.cost,
+            ended_others: ended.others,
+            ended_field: FieldNumber::pack(ended.field),
+            ended_bytes: ended.bytes,
+            field_bytes,
+            words,
+            bytes: text.bytes,
+        }
+    }
+
+    /// Bytes of its text.
+    #[inline(always)]
+    pub(super) fn len(&self) -> usize {
+        self.len.into()
+    }
+
+    #[inline(always)]
+    fn is(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// Whether it depends on more than the state before it.
+    #[inline(always)]
+    pub(super) fn asks_more(&self) -> bool {
+        self.is(Self::ALSO)
+    }
+
+    /// Whether some byte costs more than the reference.
+    #[inline(always)]
+    pub(super) fn is_above(&self) -> bool {
+        self.is(Self::ABOVE)
+    }
+
+    /// What it came to.
+    #[inline(always)]
+    pub(super) fn sums(&self) -> Sums {
+        Sums {
+            cost: self.cost,
+            peak_sum: self.peak_sum,
+            ended: self.is(Self::ENDS).then_some(Ended {
+                cost: self.ended_cost,
+                bytes: self.ended_bytes,
+                field: FieldNumber::unpack(self.ended_field),
+                others: self.ended_others,
+            }),
+            field_cost: self.field_cost,
+            field_bytes: self.field_bytes,
+        }
+    }
+
+    /// Whether `text`, as it came, begins with it; `at_end` says that nothing follows that.
+    #[inline(always)]
+    pub(super) fn begins(&self, text: &[u8], at_end: bool) -> bool {
+        let len = self.len();
+        // All 64 bytes at once: comparing a few of them is a call natively and a loop in wasm.
+        let same = Block64::new(text).same(&Block64::new(&self.bytes)) | !below(len) == u64::MAX;
+        same && len <= text.len()
+            && match self.flags & (Self::LAST | Self::NORMALISED) {
+                0 => true,
+                Self::LAST => at_end && text.len() == len,
+                _ => false,
+            }
+    }
+
+    #[inline(always)]
+    fn says(&self, text: &Text) -> bool {
+        // All of it at once: where two differ nobody asks.
+        let differ = self.bytes.iter().zip(&text.bytes).fold(0, |differ, (a, b)| differ | a ^ b);
+        differ == 0
+            && self.len == text.len
+            && self.is(Self::LAST) == text.last
+            && self.is(Self::NORMALISED) == text.normalised
     }
 }
 
-/// What looking for known stretches brought for a model, in bytes.
+/// What is asked first of the stretch that followed last, read while the one before is worked on: it is there when
+/// it is needed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Foretold {
+    pub(super) place: usize,
+    pub(super) before: StateId,
+    /// The first byte of its text.
+    pub(super) begins: u8,
+}
+
+/// What looking for known stretches brought for a model, in bytes, or for known blocks, in looks.
 #[derive(Clone, Copy, Debug, Default)]
 struct Gain {
     won: i32,
@@ -145,17 +282,20 @@ pub(super) struct Memo {
     /// Upper hash bits of what came once.
     marks: Vec<u16>,
     known: Vec<Known>,
-    /// What the bytes of each cost.
-    costs: Vec<[u16; WINDOW]>,
+    /// The rest of each.
+    seldom: Vec<Seldom>,
     /// By hash: a place in `known`, and one more; 0 is free.
     places: Vec<u16>,
     states: Vec<(u64, State)>,
     /// Open addressing: a state's number + 1; 0 is free.
     index: Vec<u16>,
     gains: [Gain; ACCOUNTS],
+    block_gains: [Gain; ACCOUNTS],
     starts: [Start; ACCOUNTS],
     /// Nothing is kept.
     off: bool,
+    /// Bytes that were looked up.
+    pub(super) known_bytes: u64,
     /// How often the states were full: a state's number holds until then.
     pub(super) epoch: u64,
 }
@@ -221,6 +361,8 @@ pub(super) struct Text {
     len: u8,
     /// Nothing follows it.
     last: bool,
+    /// It is as the coder gets it, with markers in the place of tokens; else as it came.
+    normalised: bool,
 }
 
 /// A stretch of text that is looked for.
@@ -231,16 +373,27 @@ pub(super) struct Stretch {
 }
 
 impl Stretch {
-    /// The first `len` bytes of `text`, at least one and at most 64.
+    /// The first `len` bytes of `text` as it came, at least one and at most 64.
     #[inline(always)]
     pub(super) fn new(text: &[u8], len: usize, last: bool) -> Self {
+        Self::of(text, len, last, false)
+    }
+
+    /// Normalised text of 1 to 64 bytes.
+    #[inline(always)]
+    pub(super) fn normalised(text: &[u8], last: bool) -> Self {
+        Self::of(text, text.len().min(STRETCH_BYTES), last, true)
+    }
+
+    #[inline(always)]
+    fn of(text: &[u8], len: usize, last: bool, normalised: bool) -> Self {
         let bytes = Block64::new(text).front(len);
-        let mut hash = (len as u64) << 1 | u64::from(last);
+        let mut hash = (len as u64) << 2 | u64::from(normalised) << 1 | u64::from(last);
         for (eight, i) in bytes.as_chunks::<8>().0.iter().zip(1..) {
             let spread = u64::from_le_bytes(*eight).wrapping_mul(0x9E37_79B9_7F4A_7C15);
             hash = hash.wrapping_add(spread.rotate_left(7 * i));
         }
-        Self { text: Text { bytes, len: len as u8, last }, hash: scatter(hash ^ hash >> 32) }
+        Self { text: Text { bytes, len: len as u8, last, normalised }, hash: scatter(hash ^ hash >> 32) }
     }
 
     #[inline(always)]
@@ -267,30 +420,12 @@ impl Text {
     pub(super) fn is_last(&self) -> bool {
         self.last
     }
-
-    /// Whether `text` begins with it; `at_end` says that nothing follows that.
-    #[inline(always)]
-    pub(super) fn begins(&self, text: &[u8], at_end: bool) -> bool {
-        let len = usize::from(self.len);
-        // All 64 bytes at once: comparing a few of them is a call natively and a loop in wasm.
-        let same = Block64::new(text).same(&Block64::new(&self.bytes)) | !below(len) == u64::MAX;
-        same && len <= text.len() && (!self.last || at_end && text.len() == len)
-    }
-}
-
-impl PartialEq for Text {
-    #[inline(always)]
-    fn eq(&self, other: &Self) -> bool {
-        // All of it at once: where two differ nobody asks.
-        let differ = self.bytes.iter().zip(&other.bytes).fold(0, |differ, (a, b)| differ | a ^ b);
-        differ == 0 && self.len == other.len && self.last == other.last
-    }
 }
 
 impl Memo {
-    /// One that keeps nothing.
-    pub(super) fn off() -> Self {
-        Self { off: true, ..Self::default() }
+    /// Forgets all, and keeps nothing from now on.
+    pub(super) fn turn_off(&mut self) {
+        *self = Self { off: true, known_bytes: self.known_bytes, ..Self::default() };
     }
 
     /// Whether texts of this model are worth a look, and if so, whether one was worth it so far; `bytes` come
@@ -312,6 +447,30 @@ impl Memo {
             gain.won.saturating_add(known).saturating_sub(detours.saturating_mul(DETOUR)).min(MOST_LOSS);
         if gain.won < -MOST_LOSS {
             *gain = Gain { won: 0, left_alone: LEFT_ALONE };
+        }
+    }
+
+    /// Whether to look at a block of this model; if so, that is paid for.
+    #[inline(always)]
+    pub(super) fn looks_at_block(&mut self, model: u64) -> bool {
+        let Some(gain) = self.block_gains.get_mut(model as usize & (ACCOUNTS - 1)) else { return false };
+        if self.off || gain.left_alone > 0 {
+            gain.left_alone = gain.left_alone.saturating_sub(1);
+            return false;
+        }
+        gain.won -= 1;
+        if gain.won < -MOST_BLOCKS_LOST {
+            *gain = Gain { won: 0, left_alone: BLOCKS_LEFT_ALONE };
+        }
+        true
+    }
+
+    /// A block of this model was kept, or so many of its bytes were known.
+    #[inline(always)]
+    pub(super) fn account_block(&mut self, model: u64, known: Option<usize>) {
+        let won = known.map_or(-BLOCK_KEPT, |len| BLOCK_KNOWN + len as i32 / 4);
+        if let Some(gain) = self.block_gains.get_mut(model as usize & (ACCOUNTS - 1)) {
+            gain.won = gain.won.saturating_add(won).min(MOST_LOSS);
         }
     }
 
@@ -346,12 +505,13 @@ impl Memo {
             self.states.clear();
             self.index.clear();
             self.known.clear();
-            self.costs.clear();
+            self.seldom.clear();
             self.places.clear();
             self.epoch += 1;
         }
         if self.index.is_empty() {
             self.index = vec![0; 2 * STATES];
+            self.states.reserve_exact(STATES);
         }
         let mask = self.index.len() - 1;
         let mut at = state.hash(model) as usize & mask;
@@ -386,30 +546,34 @@ impl Memo {
         before: StateId,
         stretch: &Stretch,
         mut holds: impl FnMut(&Also) -> bool,
-    ) -> Option<(usize, &Known)> {
+    ) -> Option<usize> {
         let first = stretch.place(before);
         self.places.get(first..first + WAYS)?.iter().find_map(|&place| {
             let place = usize::from(place).checked_sub(1)?;
             let known = self.known.get(place)?;
-            let found = known.before == before && known.text == stretch.text && holds(&known.also);
-            found.then_some((place, known))
+            let found = known.before == before
+                && known.says(&stretch.text)
+                && (!known.asks_more() || self.seldom.get(place).is_some_and(|seldom| holds(&seldom.also)));
+            found.then_some(place)
         })
     }
 
-    /// What the bytes of the stretch in this place cost.
+    /// What stands in this place.
     #[inline(always)]
-    pub(super) fn costs(&self, place: usize) -> &[u16; WINDOW] {
-        self.costs.get(place).unwrap_or(&[0; WINDOW])
+    pub(super) fn known(&self, place: usize) -> Option<(&Known, &Seldom)> {
+        Some((self.known.get(place)?, self.seldom.get(place)?))
     }
 
-    /// What followed last behind the stretch of this place.
+    /// What followed last behind this.
     #[inline(always)]
-    pub(super) fn next(&self, place: usize) -> Option<(usize, &Known)> {
-        let next = match self.known.get(place) {
-            Some(known) => known.next,
-            None => self.starts.get(place.wrapping_sub(STRETCHES))?.next,
-        };
-        Some((next.into(), self.known.get(usize::from(next))?))
+    pub(super) fn behind(&self, known: &Known) -> Option<Foretold> {
+        self.foretold(known.next)
+    }
+
+    #[inline(always)]
+    fn foretold(&self, place: u16) -> Option<Foretold> {
+        let known = self.known.get(usize::from(place))?;
+        Some(Foretold { place: place.into(), before: known.before, begins: *known.bytes.first()? })
     }
 
     /// Behind the stretch of this place another follows.
@@ -421,14 +585,14 @@ impl Memo {
         }
     }
 
-    /// Where a unit of this model begins: a place that stretches follow, and the state there if it was
-    /// [told](Self::begins_in).
+    /// Where a unit of this model begins: a place that stretches follow; the state there if it was
+    /// [told](Self::begins_in); what followed last.
     #[inline(always)]
-    pub(super) fn start(&self, model: u64) -> (usize, Option<StateId>) {
+    pub(super) fn start(&self, model: u64) -> (usize, Option<StateId>, Option<Foretold>) {
         let account = model as usize & (ACCOUNTS - 1);
-        let told = self.starts.get(account).and_then(|start| start.state);
-        let of_now = told.filter(|&(of, epoch, _)| of == model && epoch == self.epoch);
-        (STRETCHES + account, of_now.map(|(_, _, state)| state))
+        let start = self.starts.get(account).copied().unwrap_or_default();
+        let of_now = start.state.filter(|&(of, epoch, _)| of == model && epoch == self.epoch);
+        (STRETCHES + account, of_now.map(|(_, _, state)| state), self.foretold(start.next))
     }
 
     /// Units of this model begin in this state.
@@ -438,24 +602,28 @@ impl Memo {
         }
     }
 
-    /// Keeps what the stretch came to, and what its bytes cost; of those whose hashes fall together the oldest
+    /// Keeps what the stretch came to; of those whose hashes fall together the oldest
     /// is forgotten.
-    pub(super) fn keep(&mut self, stretch: &Stretch, known: Known, costs: &[u16; WINDOW]) {
+    pub(super) fn keep(&mut self, stretch: &Stretch, known: Known, seldom: Seldom) {
         if self.places.is_empty() {
             self.places = vec![0; STRETCHES];
+            // All at once: what grows bit by bit leaves holes behind, and a wasm memory never shrinks. Nothing of it
+            // is touched before it is needed.
+            self.known.reserve_exact(STRETCHES);
+            self.seldom.reserve_exact(STRETCHES);
         }
         let first = stretch.place(known.before);
         let Some(ways) = self.places.get_mut(first..first + WAYS) else { return };
         let oldest = ways.last().copied().unwrap_or(0);
         let old = usize::from(oldest).wrapping_sub(1);
-        let place = match (self.known.get_mut(old), self.costs.get_mut(old)) {
-            (Some(slot), Some(old_costs)) => {
-                (*slot, *old_costs) = (known, *costs);
+        let place = match (self.known.get_mut(old), self.seldom.get_mut(old)) {
+            (Some(slot), Some(old_seldom)) => {
+                (*slot, *old_seldom) = (known, seldom);
                 oldest
             }
             _ => {
                 self.known.push(known);
-                self.costs.push(*costs);
+                self.seldom.push(seldom);
                 self.known.len() as u16
             }
         };
@@ -470,6 +638,37 @@ impl Memo {
 mod tests {
     use super::*;
 
+    const NOTHING: Sums = Sums { cost: 0, peak_sum: 0, ended: None, field_cost: 0, field_bytes: 0 };
+
+    /// Where their hashes fall together nothing but the comparison tells them apart.
+    #[test]
+    fn text_as_it_came_is_not_taken_for_normalised_text_nor_an_end_for_a_middle() {
+        let before = StateId(0);
+        for (is, other) in [((false, false), (false, true)), ((false, false), (true, false))] {
+            let stretch = |i: u32, (normalised, last): (bool, bool)| {
+                let text = alloc::format!("parameter={i:08}&");
+                Stretch::of(text.as_bytes(), text.len(), last, normalised)
+            };
+            let together = (0..).find(|&i| stretch(i, is).place(before) == stretch(i, other).place(before));
+            let (is, other) = together.map(|i| (stretch(i, is), stretch(i, other))).unwrap();
+            for (kept, asked) in [(is, other), (other, is)] {
+                let mut memo = Memo::default();
+                let seldom = Seldom { also: Also::default(), above: 0, costs: [0; WINDOW] };
+                memo.keep(
+                    &kept,
+                    Known::new(before, before, kept.text, NOTHING, Passage::default(), &seldom),
+                    seldom,
+                );
+                assert_eq!(memo.find(before, &kept, |_| true), Some(0));
+                assert_eq!(memo.find(before, &asked, |_| true), None);
+                let (known, _) = memo.known(0).unwrap();
+                let (as_it_came, last) = (!kept.text.normalised, kept.text.last);
+                assert_eq!(known.begins(kept.text.bytes(), true), as_it_came);
+                assert_eq!(known.begins(kept.text.bytes(), false), as_it_came && !last);
+            }
+        }
+    }
+
     #[test]
     fn a_stretch_gives_way_to_the_fourth_behind_it() {
         let mut memo = Memo::default();
@@ -477,20 +676,17 @@ mod tests {
         let stretch = |i: u32| Stretch::new(alloc::format!("parameter={i:08}&").as_bytes(), 19, false);
         let place = |i: &u32| stretch(*i).place(before);
         let together: Vec<u32> = (0..).filter(|i| place(i) == place(&0)).take(3 * WAYS).collect();
-        let sums = Sums {
-            cost: 0,
-            peak_sum: 0,
-            ended: None,
-            field_cost: 0,
-            field_bytes: 0,
-            words: Passage::default(),
-        };
-        let also = Also { plain: None, path: None };
         for (kept, &i) in together.iter().enumerate() {
-            let known = Known::new(before, before, also, stretch(i).text, sums, 0);
-            memo.keep(&stretch(i), known, &[i as u16; WINDOW]);
+            let seldom = Seldom { also: Also::default(), above: 0, costs: [i as u16; WINDOW] };
+            memo.keep(
+                &stretch(i),
+                Known::new(before, before, stretch(i).text, NOTHING, Passage::default(), &seldom),
+                seldom,
+            );
             for (at, &i) in together.iter().enumerate() {
-                let found = memo.find(before, &stretch(i), |_| true).map(|(place, _)| memo.costs(place)[0]);
+                let found = memo
+                    .find(before, &stretch(i), |_| true)
+                    .map(|place| memo.known(place).unwrap().1.costs[0]);
                 let stays = at <= kept && kept < at + WAYS;
                 assert_eq!(found, stays.then_some(i as u16), "{at} behind {kept}");
             }

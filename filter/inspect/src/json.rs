@@ -10,6 +10,8 @@
 //! Left out on purpose: numbers are checked but only unsigned integers are evaluated (token counts, indexes);
 //! duplicate keys are not noticed; a lone surrogate escape is allowed by the grammar and becomes U+FFFD.
 
+use driftlock_engine::bitmap::{copy, up_to_or};
+
 use crate::content::ContentError;
 
 /// Containers inside containers that are followed; the 65th is [`ContentError::TooDeep`].
@@ -236,7 +238,12 @@ impl Tokenizer {
                     }
                     _ => self.fail(ContentError::Malformed { offset: base + index as u64 }),
                 },
-                _ if matches!(byte, b' ' | b'\n' | b'\r' | b'\t') => {}
+                // Indentation comes in runs.
+                _ if is_blank(byte) => {
+                    let rest = chunk.get(index..).unwrap_or_default();
+                    index += rest.iter().take_while(|&&byte| is_blank(byte)).count();
+                    continue;
+                }
                 State::Value => self.value(byte, index, base, handler),
                 State::FirstElement if byte == b']' => self.close(Container::Array, index, handler),
                 State::FirstElement => self.value(byte, index, base, handler),
@@ -525,7 +532,7 @@ impl Tokenizer {
     fn key_text(&mut self, run: &[u8]) {
         let end = self.key_len.saturating_add(run.len());
         if let Some(place) = self.key.get_mut(self.key_len..end) {
-            place.copy_from_slice(run);
+            copy(place, run);
             self.key_len = end;
         } else {
             self.key_len = MAX_KEY_BYTES + 1;
@@ -547,44 +554,34 @@ fn simple_escape(letter: u8) -> Option<u8> {
     })
 }
 
-const LOW_BITS: u64 = 0x0101_0101_0101_0101;
-const HIGH_BITS: u64 = 0x8080_8080_8080_8080;
-
-/// The high bit of every zero byte; bytes above the first one may be marked wrongly.
-#[inline]
-fn zero_bytes(word: u64) -> u64 {
-    word.wrapping_sub(LOW_BITS) & !word
+/// Blanks between JSON's tokens (RFC 8259 section 2).
+fn is_blank(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\n' | b'\r' | b'\t')
 }
 
 /// Length of the run at the start of `bytes` without `"`, `\` and control characters, and whether it holds a
 /// byte over 127.
 #[inline]
 fn plain_run(bytes: &[u8]) -> (usize, bool) {
-    const QUOTE: u64 = LOW_BITS * b'"' as u64;
-    const BACKSLASH: u64 = LOW_BITS * b'\\' as u64;
-    const SPACE: u64 = LOW_BITS * b' ' as u64;
-    let (words, tail) = bytes.as_chunks::<8>();
+    let (blocks, tail) = bytes.as_chunks::<16>();
     let (mut seen, mut len) = (0, 0);
-    for word in words {
-        let word = u64::from_le_bytes(*word);
-        let control = word.wrapping_sub(SPACE) & !word;
-        let stop = (control | zero_bytes(word ^ QUOTE) | zero_bytes(word ^ BACKSLASH)) & HIGH_BITS;
+    for block in blocks {
+        let (stop, high) = up_to_or(block, 0x1f, [b'"', b'\\']);
         if stop != 0 {
-            let plain = stop.trailing_zeros() / 8;
-            seen |= word & !(u64::MAX << (8 * plain));
-            return (len + plain as usize, seen & HIGH_BITS != 0);
+            // The bits below the first one set.
+            return (len + stop.trailing_zeros() as usize, seen | high & (stop - 1) & !stop != 0);
         }
-        seen |= word;
-        len += 8;
+        seen |= high;
+        len += 16;
     }
     for &byte in tail {
         if byte < b' ' || byte == b'"' || byte == b'\\' {
             break;
         }
-        seen |= u64::from(byte);
+        seen |= u32::from(byte & 0x80);
         len += 1;
     }
-    (len, seen & HIGH_BITS != 0)
+    (len, seen != 0)
 }
 
 /// Checks UTF-8 (RFC 3629) over pieces that may be cut inside a sequence.

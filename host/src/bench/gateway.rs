@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::BenchError;
+use super::cores::Sides;
 use super::load::{Asked, Load};
 use super::proxies::{GatewayProcess, PATH, TICK_US, processor_ticks, traffic};
 use super::rounds::median;
@@ -167,7 +168,10 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     let wasm = find_filter(args.filter.as_deref());
     let traffic = traffic()?;
     let (configuration, asked) = (&traffic.plugin_configuration, traffic.both_ways());
+    let sides = Sides::divide();
+    sides.iter().for_each(Sides::load);
     let upstream = traffic.upstream()?.address;
+    sides.iter().for_each(Sides::proxies);
     let folder = tempfile::tempdir()?;
     let envoy_options = EnvoyOptions {
         plugin_configuration: configuration.clone(),
@@ -175,6 +179,7 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     };
     let envoy = Envoy::start(&envoy_options)?;
     let gateway = GatewayProcess::start(folder.path(), &wasm, configuration, upstream)?;
+    sides.iter().for_each(Sides::load);
     let mean = |bytes: fn(&Asked) -> usize| asked.iter().map(bytes).sum::<usize>() / asked.len().max(1);
     let mut result = Comparison {
         idle_bytes: gateway.resident_bytes()?,

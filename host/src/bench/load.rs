@@ -1,23 +1,26 @@
 //! The two ends of a measured proxy: clients in front of it, an upstream behind it.
 //!
-//! A thread a connection, blocking: with a handful of connections that costs no more than an event loop,
-//! and a client can sleep to the microsecond. Every answer is compared with what the upstream sent, so a
-//! proxy cannot be fast by answering wrongly. Many exchanges take turns, since text that comes again and
-//! again is scored in less time than text that does not.
+//! Every answer is compared with what the upstream sent, so a proxy cannot be fast by answering wrongly. Many
+//! exchanges take turns, since text that comes again and again is scored in less time than text that does not.
 //!
-//! [`closed_loop`] asks again as soon as it has its answer and counts; [`paced`] sends by the clock and
-//! counts from the time a request was due, so a proxy that stalls pays for every request that had to wait.
-//! [`Caller`] asks one at a time and says when each part of the answer came; an answer that is a stream has its
-//! first event sent, and the rest a little later.
+//! [`Load::closed_loop`] asks again as soon as it has its answer and counts. It and the upstream are an event loop
+//! each, as `wrk` and most servers are: with a thread a connection, a proxy wakes another sleeping thread with
+//! every message that it passes on, and much of what is measured is that. [`Load::paced`] sends by the clock and
+//! counts from the time a request was due, so a proxy that stalls pays for every request that had to wait; it has a
+//! thread a connection, as those can sleep to the microsecond. [`Caller`] asks one at a time and says when each
+//! part of the answer came; an answer that is a stream has its first event sent, and the rest a little later.
 //!
 //! Left out on purpose: pipelining, TLS and HTTP/2, which would measure other people's libraries.
 
+use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::iter::Cycle;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{slice, thread};
+
+use mio::{Events, Interest, Poll, Token};
 
 use super::BenchError;
 
@@ -100,34 +103,74 @@ impl Upstream {
             let first = head.len() + asked.first_event.unwrap_or(asked.expected.len());
             Answer { bytes: [head.as_bytes(), &asked.expected].concat(), first }
         };
-        let answers: Arc<[Answer]> = asked.iter().map(answer).collect();
+        let answers: Vec<Answer> = asked.iter().map(answer).collect();
         let upstream = Self { address, answered: Arc::new(Mutex::new(Instant::now())) };
         let shared = upstream.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (answers, shared) = (answers.clone(), shared.clone());
-                // It ends with its connection.
-                thread::spawn(move || shared.answer_all(stream, &answers));
-            }
-        });
+        listener.set_nonblocking(true)?;
+        let poll = Poll::new()?;
+        thread::spawn(move || shared.serve(mio::net::TcpListener::from_std(listener), poll, &answers));
         Ok(upstream)
     }
 
-    fn answer_all(&self, stream: TcpStream, answers: &[Answer]) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        let mut messages = Messages::new(stream);
-        while let Some(message) = messages.next()? {
-            let number = field(message.head, NUMBER.as_bytes()).and_then(|number| number.parse().ok());
+    /// Answers whoever connects.
+    fn serve(
+        &self,
+        mut listener: mio::net::TcpListener,
+        mut poll: Poll,
+        answers: &[Answer],
+    ) -> io::Result<()> {
+        const LISTENER: Token = Token(0);
+        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+        let mut events = Events::with_capacity(64);
+        let mut connections: HashMap<Token, Connection> = HashMap::new();
+        let mut last = LISTENER;
+        loop {
+            poll.poll(&mut events, None)?;
+            for event in &events {
+                if event.token() == LISTENER {
+                    while let Ok((mut stream, _)) = listener.accept() {
+                        last = Token(last.0 + 1);
+                        stream.set_nodelay(true)?;
+                        poll.registry().register(
+                            &mut stream,
+                            last,
+                            Interest::READABLE | Interest::WRITABLE,
+                        )?;
+                        connections.insert(last, Connection::new(stream));
+                    }
+                } else if let Some(connection) = connections.get_mut(&event.token())
+                    && !self.answer(connection, answers).unwrap_or(false)
+                {
+                    // It was closed, or what came was no HTTP.
+                    connections.remove(&event.token());
+                }
+            }
+        }
+    }
+
+    /// Answers what has come; says whether more may come.
+    fn answer(&self, connection: &mut Connection, answers: &[Answer]) -> io::Result<bool> {
+        connection.flush()?;
+        loop {
+            let number = match connection.messages.next() {
+                Ok(Some(message)) => field(message.head, NUMBER.as_bytes()).and_then(|it| it.parse().ok()),
+                Ok(None) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) => return Err(error),
+            };
             let Answer { bytes, first } = answers.get(number.unwrap_or(0)).ok_or_else(broken)?;
             let (first, rest) = bytes.split_at(*first);
             *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-            messages.stream.write_all(first)?;
+            connection.send(first)?;
             if !rest.is_empty() {
+                // Who asks for streams asks one at a time: nobody else waits.
                 thread::sleep(PAUSE);
-                messages.stream.write_all(rest)?;
+                connection.send(rest)?;
+            }
+            if connection.messages.is_empty() {
+                return Ok(true);
             }
         }
-        Ok(())
     }
 
     /// When an answer was last sent: the one that a client has just got, if it alone asks.
@@ -142,9 +185,26 @@ struct Message<'a> {
     body: &'a [u8],
 }
 
-/// Reads messages framed by content-length or in chunks (RFC 9112 section 6), one after the other.
-struct Messages {
-    stream: TcpStream,
+impl Message<'_> {
+    /// The answer that was asked for, and no other.
+    fn must_be(&self, expected: &[u8]) -> io::Result<()> {
+        if self.head.get(9..12) == Some(b"200") && self.body == expected {
+            return Ok(());
+        }
+        let head = String::from_utf8_lossy(self.head);
+        let status = head.lines().next().unwrap_or_default();
+        Err(io::Error::other(format!(
+            "{status}, {} bytes of body where {} were sent",
+            self.body.len(),
+            expected.len()
+        )))
+    }
+}
+
+/// Reads messages framed by content-length or in chunks (RFC 9112 section 6), one after the other. Where the stream
+/// does not block, a message of which some is missing is `WouldBlock`, and is read on by the next call.
+struct Messages<S> {
+    stream: S,
     buffer: Vec<u8>,
     /// Bytes of the buffer that the last message took.
     taken: usize,
@@ -152,9 +212,14 @@ struct Messages {
     joined: Vec<u8>,
 }
 
-impl Messages {
-    fn new(stream: TcpStream) -> Self {
+impl<S: Read> Messages<S> {
+    fn new(stream: S) -> Self {
         Self { stream, buffer: Vec::with_capacity(16 << 10), taken: 0, joined: Vec::new() }
+    }
+
+    /// Nothing has come behind the last message.
+    fn is_empty(&self) -> bool {
+        self.taken == self.buffer.len()
     }
 
     /// The next message; `None` at a clean end.
@@ -259,9 +324,56 @@ fn field<'a>(head: &'a [u8], name: &[u8]) -> Option<&'a str> {
     })
 }
 
+/// A connection that never blocks.
+struct Connection {
+    messages: Messages<mio::net::TcpStream>,
+    /// What could not be sent yet.
+    unsent: Vec<u8>,
+}
+
+impl Connection {
+    fn new(stream: mio::net::TcpStream) -> Self {
+        Self { messages: Messages::new(stream), unsent: Vec::new() }
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.unsent.is_empty() {
+            let sent = self.write(bytes)?;
+            self.unsent.extend_from_slice(&bytes[sent..]);
+        } else {
+            self.unsent.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    /// Sends on.
+    fn flush(&mut self) -> io::Result<()> {
+        if !self.unsent.is_empty() {
+            let unsent = std::mem::take(&mut self.unsent);
+            self.send(&unsent)?;
+        }
+        Ok(())
+    }
+
+    /// How much of it was sent.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            match self.messages.stream.write(&bytes[sent..]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(sent)
+    }
+}
+
 /// One client connection.
 struct Client<'a> {
-    messages: Messages,
+    messages: Messages<TcpStream>,
     asked: Cycle<slice::Iter<'a, Asked>>,
 }
 
@@ -285,17 +397,8 @@ impl<'a> Client<'a> {
             self.messages.reach(head + 1)?;
         }
         let first_byte = Instant::now();
-        let Message { head, body } = self.messages.behind(head)?;
-        if head.get(9..12) == Some(b"200") && body == *expected {
-            return Ok(first_byte);
-        }
-        let head = String::from_utf8_lossy(head);
-        let status = head.lines().next().unwrap_or_default();
-        Err(io::Error::other(format!(
-            "{status}, {} bytes of body where {} were sent",
-            body.len(),
-            expected.len()
-        )))
+        self.messages.behind(head)?.must_be(expected)?;
+        Ok(first_byte)
     }
 }
 
@@ -356,13 +459,7 @@ impl Load<'_> {
         address: SocketAddr,
         work: impl Fn(usize, Client<'_>) -> io::Result<T> + Sync,
     ) -> Result<Vec<T>, BenchError> {
-        let connect = |index: usize| {
-            let mut asked = self.asked.iter().cycle();
-            for _ in 0..index * self.asked.len() / self.connections.max(1) {
-                asked.next();
-            }
-            Client::connect(address, asked)
-        };
+        let connect = |index: usize| Client::connect(address, self.asked_from(index));
         let connect = &connect;
         let results: Vec<io::Result<T>> = thread::scope(|scope| {
             let work = &work;
@@ -378,6 +475,15 @@ impl Load<'_> {
         results.map_err(|error| BenchError::Answer { proxy, what: error.to_string() })
     }
 
+    /// What a connection asks, one after the other.
+    fn asked_from(&self, connection: usize) -> Cycle<slice::Iter<'_, Asked>> {
+        let mut asked = self.asked.iter().cycle();
+        for _ in 0..connection * self.asked.len() / self.connections.max(1) {
+            asked.next();
+        }
+        asked
+    }
+
     /// Requests a second, each connection asking again as soon as it is answered; and their number.
     pub(super) fn closed_loop(
         &self,
@@ -386,16 +492,57 @@ impl Load<'_> {
         duration: Duration,
     ) -> Result<(f64, u64), BenchError> {
         let begin = Instant::now();
-        let counts = self.on_all(proxy, address, |_, mut client| {
-            let mut count = 0u64;
-            while begin.elapsed() < duration {
-                client.ask()?;
-                count += 1;
-            }
-            Ok(count)
-        })?;
-        let count = counts.iter().sum();
+        let count = self
+            .drive(address, begin + duration)
+            .map_err(|error| BenchError::Answer { proxy, what: error.to_string() })?;
         Ok((count as f64 / begin.elapsed().as_secs_f64(), count))
+    }
+
+    /// Asks on all connections until `end`; returns how many answers there were.
+    fn drive(&self, address: SocketAddr, end: Instant) -> io::Result<u64> {
+        let nothing = || io::Error::other("there is nothing to ask");
+        let mut poll = Poll::new()?;
+        let mut clients = Vec::new();
+        for index in 0..self.connections {
+            let stream = TcpStream::connect(address)?;
+            stream.set_nodelay(true)?;
+            stream.set_nonblocking(true)?;
+            let mut stream = mio::net::TcpStream::from_std(stream);
+            poll.registry().register(&mut stream, Token(index), Interest::READABLE | Interest::WRITABLE)?;
+            let (mut connection, mut asked) = (Connection::new(stream), self.asked_from(index));
+            let first = asked.next().ok_or_else(nothing)?;
+            connection.send(&first.request)?;
+            clients.push((connection, asked, Some(first)));
+        }
+        let mut events = Events::with_capacity(64);
+        let (mut count, mut waiting) = (0, clients.len());
+        while waiting > 0 {
+            poll.poll(&mut events, Some(READ_TIMEOUT))?;
+            if events.is_empty() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            for event in &events {
+                let Some((connection, asked, awaited)) = clients.get_mut(event.token().0) else { continue };
+                let Some(of) = *awaited else { continue };
+                connection.flush()?;
+                match connection.messages.next() {
+                    Ok(Some(message)) => message.must_be(&of.expected)?,
+                    Ok(None) => return Err(io::Error::other("it closes the connection")),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                    Err(error) => return Err(error),
+                }
+                count += 1;
+                if Instant::now() < end {
+                    let next = asked.next().ok_or_else(nothing)?;
+                    connection.send(&next.request)?;
+                    *awaited = Some(next);
+                } else {
+                    *awaited = None;
+                    waiting -= 1;
+                }
+            }
+        }
+        Ok(count)
     }
 
     /// Sends `rate` requests a second by the clock; latencies from when each was due, in us.

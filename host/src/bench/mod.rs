@@ -22,6 +22,7 @@
 //!
 //! Left out on purpose: profiles and single functions; see `benches/`.
 
+mod cores;
 mod corpus;
 pub mod gateway;
 mod inspection;

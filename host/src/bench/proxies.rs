@@ -1,9 +1,9 @@
 //! Proxies beside each other: Envoy without a filter, with one that only reads, with Driftlock's; and
 //! this gateway with Driftlock's.
 //!
-//! One worker each, the same message through all of them, in short rounds by turns; rates are compared
+//! One worker each, the same messages through all of them, in short rounds by turns; rates are compared
 //! round by round and the median ratio counts, since absolute figures say little on a machine that others
-//! use. All write access logs.
+//! use. All write access logs. All run on one processor that clients and upstream do not run on (`cores`).
 //!
 //! The filter that only reads (`noop.wat`) has both bodies buffered and copied into its memory, which is
 //! what any filter that inspects whole bodies pays before it does anything.
@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::cores::Sides;
 use super::latency::{Beside, beside};
 use super::load::{Asked, Load, Took, Upstream, asked};
 use super::rounds::median;
@@ -154,7 +155,10 @@ pub(super) fn measure(
 ) -> Result<Measured, BenchError> {
     let traffic = traffic()?;
     let plugin_configuration = &traffic.plugin_configuration;
+    let sides = Sides::divide();
+    sides.iter().for_each(Sides::load);
     let upstream = traffic.upstream()?;
+    sides.iter().for_each(Sides::proxies);
     let folder = tempfile::tempdir()?;
     let noop = folder.path().join("noop.wasm");
     let module =
@@ -171,6 +175,7 @@ pub(super) fn measure(
     })?;
     let gateway = GatewayProcess::start(folder.path(), filter, plugin_configuration, upstream.address)?;
     let gateway_idle_bytes = gateway.resident_bytes()?;
+    sides.iter().for_each(Sides::load);
     let mut targets = [
         Target::new(NO_FILTER, without_filter.listen(), without_filter.pid()),
         Target::new(NOOP, reading.listen(), reading.pid()),

@@ -257,8 +257,7 @@ impl Exchange {
         if core::mem::replace(&mut self.request_begun, true) {
             return if self.answered { Step::Answered } else { Step::Forward };
         }
-        let began_ns = host.now_ns();
-        self.times.request_began_ns = began_ns;
+        self.times.request_began_ns = host.now_ns();
         let method = host.header(Direction::Request, ":method");
         let path = host.header(Direction::Request, ":path");
         let head = method.and_then(|method| Ok((method.unwrap_or_default(), path?.unwrap_or_default())));
@@ -308,7 +307,7 @@ impl Exchange {
             tell(host, |host| host.remove_header(Direction::Request, REQUEST_VERDICT_HEADER));
         }
         let ended = end_of_stream || plugin.refuses(&inspection);
-        self.begun(plugin, host, inspection, ended, began_ns)
+        self.begun(plugin, host, inspection, ended)
     }
 
     /// More of the request's body; `chunk` holds only what no earlier call brought, or
@@ -339,7 +338,6 @@ impl Exchange {
         end_of_stream: bool,
     ) -> Step {
         let judged = !self.answered && !end_of_stream && !self.response_begun;
-        let began_ns = host.now_ns();
         let upgrade = if judged { self.upgrade(host) } else { None };
         if let (Some(defect @ Defect::Upgrade(_)), Some(request)) = (&upgrade, &mut self.request) {
             // What the client sends from now on is no body of this request.
@@ -372,7 +370,7 @@ impl Exchange {
         };
         let inspection = Inspection::begin(plugin, Direction::Response, reading.map(Some));
         let ended = upgraded || plugin.refuses(&inspection);
-        self.begun(plugin, host, inspection, ended, began_ns)
+        self.begun(plugin, host, inspection, ended)
     }
 
     /// A message's head has been read; `ended` tells that nothing of it is to be waited for.
@@ -382,13 +380,11 @@ impl Exchange {
         host: &mut H,
         mut inspection: Box<Inspection>,
         ended: bool,
-        began_ns: Option<u64>,
     ) -> Step {
         if !ended {
             self.prepare(plugin, host, &mut inspection);
         }
         let (direction, hold) = (inspection.direction, inspection.hold);
-        inspection.scoring_ns = elapsed(host, began_ns);
         match direction {
             Direction::Request => self.request = Some(inspection),
             Direction::Response => self.response = Some(inspection),
