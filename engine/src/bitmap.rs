@@ -1,7 +1,9 @@
 //! Which of 64 bytes are letters, digits or a certain sign, as the bits of a number; and a few bytes copied.
 //!
-//! What: [`Block64`] holds up to 64 bytes; its methods give one bit a byte, the first byte's lowest. Runs
+//! What: `Block64` holds up to 64 bytes; its methods give one bit a byte, the first byte's lowest. Runs
 //! are then found by counting zeros, so nothing branches on the text byte by byte.
+//!
+//! [`copy`] and [`up_to_or`] are also for the filter's reader of JSON, whose strings are short.
 //!
 //! Why: words end where nobody can foresee it. A loop that looks for their ends mispredicts once a word,
 //! which costs more than the word's hash.

@@ -734,9 +734,7 @@ impl Running {
                 id
             });
             let found = memo.find(before, &stretch, |also| self.holds(model, also, ahead, text, start));
-            if let Some((place, known, seldom)) =
-                found.and_then(|place| memo.known(place).map(|(known, seldom)| (place, known, seldom)))
-            {
+            if let Some((place, known, seldom)) = found {
                 foretold = memo.behind(known);
                 self.pass(model, known, seldom, source, start);
                 ahead = Some(known.after);
@@ -849,17 +847,19 @@ impl Running {
             let (stretch, text_len) = (Stretch::normalised(text, at_end), text.len());
             if memo.came_before(&stretch) {
                 let before = memo.state_id(self.identity, &self.accounts.state);
-                match memo.find(before, &stretch, |also| self.holds(model, also, None, &[], 0)) {
-                    Some(place) => {
-                        memo.account_block(self.identity, Some(text_len));
-                        self.pass_block(model, memo, place);
-                    }
-                    None => {
-                        memo.account_block(self.identity, None);
-                        let was = self.note(model);
-                        if self.keep(model, memo, before, &stretch, &was, block).is_none() {
-                            memo.give_up(&stretch);
-                        }
+                let found = memo.find(before, &stretch, |also| self.holds(model, also, None, &[], 0));
+                let known = found.and_then(|(_, known, seldom)| {
+                    memo.state(known.after).map(|after| (known, seldom, after))
+                });
+                if let Some((known, seldom, after)) = known {
+                    self.pass_block(model, known, seldom, after);
+                    memo.account_block(self.identity, Some(text_len));
+                    memo.known_bytes += text_len as u64;
+                } else {
+                    memo.account_block(self.identity, None);
+                    let was = self.note(model);
+                    if self.keep(model, memo, before, &stretch, &was, block).is_none() {
+                        memo.give_up(&stretch);
                     }
                 }
             }
@@ -868,19 +868,14 @@ impl Running {
         self.accounts.flush(model, &mut self.gathered, block, at_end);
     }
 
-    /// Takes what was gathered for what the normalised stretch in this place came to.
-    fn pass_block(&mut self, model: &UnitModel, memo: &mut Memo, place: usize) {
+    /// Takes what was gathered for what it came to.
+    fn pass_block(&mut self, model: &UnitModel, known: &Known, seldom: &Seldom, after: &State) {
         let Self { gathered, accounts, .. } = self;
-        let Some((known, seldom)) = memo.known(place) else { return };
-        let len = known.len();
         if known.is_above() {
-            accounts.follow(&seldom.costs, len, seldom.above, |i| gathered.source(i));
+            accounts.follow(&seldom.costs, known.len(), seldom.above, |i| gathered.source(i));
         }
         accounts.pass(model, known, seldom);
-        if let Some(state) = memo.state(known.after) {
-            accounts.state.go_on_as(state, gathered.text());
-        }
-        memo.known_bytes += len as u64;
+        accounts.state.go_on_as(after, gathered.text());
         (gathered.len, gathered.used) = (0, 0);
     }
 
@@ -1326,8 +1321,11 @@ mod tests {
         model
     }
 
+    /// Scored anew.
     fn score(model: &UnitModel, text: &[u8], cuts: &[usize], body: u64) -> UnitScores {
-        score_in(model, text, cuts, body, &mut Scratch::default())
+        let mut scratch = Scratch::default();
+        scratch.score_anew();
+        score_in(model, text, cuts, body, &mut scratch)
     }
 
     fn score_in(
@@ -1542,9 +1540,11 @@ mod tests {
         fn what_was_scored_before_changes_no_score(
             texts in prop::collection::vec((repetitive(), prop::collection::vec(0usize..400, 0..3)), 1..8),
             order in prop::collection::vec((0usize..8, 0usize..3), 1..40),
+            most_states in prop::sample::select(std::vec![2, 5, 20, 4096]),
         ) {
             let models = models();
             let mut scratch = Scratch::default();
+            scratch.memo.fewer_states = 4096 - most_states;
             for (i, other) in order {
                 let (text, cuts) = &texts[i % texts.len()];
                 let model = &models[other];
@@ -1560,9 +1560,11 @@ mod tests {
         fn what_waits_for_more_is_scored_as_what_does_not(
             texts in prop::collection::vec((repetitive(), prop::collection::vec((0usize..400, 0u64..3), 0..90)), 1..6),
             order in prop::collection::vec(0usize..6, 1..20),
+            most_states in prop::sample::select(std::vec![2, 5, 20, 4096]),
         ) {
             let models = models();
             let (mut scratch, mut other_scratch) = (Scratch::default(), Scratch::default());
+            scratch.memo.fewer_states = 4096 - most_states;
             for i in order {
                 let (text, cuts) = &texts[i % texts.len()];
                 let mut cuts: Vec<(usize, u64)> = cuts.iter().map(|&(at, gap)| (at % (text.len() + 1), gap)).collect();

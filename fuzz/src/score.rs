@@ -31,7 +31,9 @@ pub fn holds(data: &[u8]) {
     let model = UnitModel { normalised: classes, coder, vocabulary: words.freeze(1 << 12), expected };
     let body_offset = 1 << 40;
     let mut scratch = Scratch::default();
-    let whole = UnitScorer::whole(&model, unit, body_offset, &mut Scratch::default());
+    let mut anew = Scratch::default();
+    anew.score_anew();
+    let whole = UnitScorer::whole(&model, unit, body_offset, &mut anew);
     for _ in 0..4 {
         // From the third time on what it holds is known.
         let again = UnitScorer::whole(&model, unit, body_offset, &mut scratch);

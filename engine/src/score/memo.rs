@@ -298,6 +298,9 @@ pub(super) struct Memo {
     pub(super) known_bytes: u64,
     /// How often the states were full: a state's number holds until then.
     pub(super) epoch: u64,
+    /// So many states are kept fewer, for tests of what happens when they are full.
+    #[cfg(test)]
+    pub(super) fewer_states: usize,
 }
 
 /// Where a text can be cut into stretches, in 64 bytes of it.
@@ -501,7 +504,11 @@ impl Memo {
 
     /// The number of a state of a model, but for its path and last bytes.
     pub(super) fn state_id(&mut self, model: u64, state: &State) -> StateId {
-        if self.states.len() >= STATES {
+        #[cfg(test)]
+        let full = STATES - self.fewer_states;
+        #[cfg(not(test))]
+        let full = STATES;
+        if self.states.len() >= full {
             self.states.clear();
             self.index.clear();
             self.known.clear();
@@ -546,15 +553,15 @@ impl Memo {
         before: StateId,
         stretch: &Stretch,
         mut holds: impl FnMut(&Also) -> bool,
-    ) -> Option<usize> {
+    ) -> Option<(usize, &Known, &Seldom)> {
         let first = stretch.place(before);
         self.places.get(first..first + WAYS)?.iter().find_map(|&place| {
             let place = usize::from(place).checked_sub(1)?;
-            let known = self.known.get(place)?;
+            let (known, seldom) = self.known(place)?;
             let found = known.before == before
                 && known.says(&stretch.text)
-                && (!known.asks_more() || self.seldom.get(place).is_some_and(|seldom| holds(&seldom.also)));
-            found.then_some(place)
+                && (!known.asks_more() || holds(&seldom.also));
+            found.then_some((place, known, seldom))
         })
     }
 
@@ -659,8 +666,8 @@ mod tests {
                     Known::new(before, before, kept.text, NOTHING, Passage::default(), &seldom),
                     seldom,
                 );
-                assert_eq!(memo.find(before, &kept, |_| true), Some(0));
-                assert_eq!(memo.find(before, &asked, |_| true), None);
+                assert_eq!(memo.find(before, &kept, |_| true).map(|(place, ..)| place), Some(0));
+                assert!(memo.find(before, &asked, |_| true).is_none());
                 let (known, _) = memo.known(0).unwrap();
                 let (as_it_came, last) = (!kept.text.normalised, kept.text.last);
                 assert_eq!(known.begins(kept.text.bytes(), true), as_it_came);
@@ -684,9 +691,7 @@ mod tests {
                 seldom,
             );
             for (at, &i) in together.iter().enumerate() {
-                let found = memo
-                    .find(before, &stretch(i), |_| true)
-                    .map(|place| memo.known(place).unwrap().1.costs[0]);
+                let found = memo.find(before, &stretch(i), |_| true).map(|(_, _, seldom)| seldom.costs[0]);
                 let stays = at <= kept && kept < at + WAYS;
                 assert_eq!(found, stays.then_some(i as u16), "{at} behind {kept}");
             }

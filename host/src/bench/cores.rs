@@ -39,6 +39,11 @@ impl Sides {
     pub(super) fn load(&self) {
         place(&self.load);
     }
+
+    /// What is started now runs where it likes.
+    pub(super) fn all(&self) {
+        place(&self.before);
+    }
 }
 
 /// A system that refuses leaves the threads where they were: the figures are then as on one that does not divide.
@@ -67,6 +72,8 @@ impl Sides {
     pub(super) fn proxies(&self) {}
 
     pub(super) fn load(&self) {}
+
+    pub(super) fn all(&self) {}
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -84,6 +91,8 @@ mod tests {
             sides.load();
             assert_eq!((of_proxies.count(), now().count()), (1, before.count() - 1));
             assert!((0..CpuSet::MAX_CPU).all(|cpu| !(of_proxies.is_set(cpu) && now().is_set(cpu))));
+            sides.all();
+            assert!(now() == before);
         }
         assert!(now() == before);
     }

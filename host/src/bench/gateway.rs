@@ -171,8 +171,11 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     let sides = Sides::divide();
     sides.iter().for_each(Sides::load);
     let upstream = traffic.upstream()?.address;
-    sides.iter().for_each(Sides::proxies);
     let folder = tempfile::tempdir()?;
+    sides.iter().for_each(Sides::all);
+    let idle_bytes =
+        GatewayProcess::start(folder.path(), &wasm, configuration, upstream)?.resident_bytes()?;
+    sides.iter().for_each(Sides::proxies);
     let envoy_options = EnvoyOptions {
         plugin_configuration: configuration.clone(),
         ..EnvoyOptions::new(envoy::find_binary(args.envoy.as_deref())?, wasm.clone(), upstream)
@@ -182,7 +185,7 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     sides.iter().for_each(Sides::load);
     let mean = |bytes: fn(&Asked) -> usize| asked.iter().map(bytes).sum::<usize>() / asked.len().max(1);
     let mut result = Comparison {
-        idle_bytes: gateway.resident_bytes()?,
+        idle_bytes,
         exchanges: asked.len(),
         request_bytes: mean(Asked::request_bytes),
         response_bytes: mean(Asked::expected_bytes),

@@ -125,18 +125,18 @@ impl Upstream {
         let mut connections: HashMap<Token, Connection> = HashMap::new();
         let mut last = LISTENER;
         loop {
-            poll.poll(&mut events, None)?;
+            wait(&mut poll, &mut events, None)?;
             for event in &events {
                 if event.token() == LISTENER {
                     while let Ok((mut stream, _)) = listener.accept() {
                         last = Token(last.0 + 1);
-                        stream.set_nodelay(true)?;
-                        poll.registry().register(
-                            &mut stream,
-                            last,
-                            Interest::READABLE | Interest::WRITABLE,
-                        )?;
-                        connections.insert(last, Connection::new(stream));
+                        let interests = Interest::READABLE | Interest::WRITABLE;
+                        // One that is gone already is none of the others' business.
+                        if stream.set_nodelay(true).is_ok()
+                            && poll.registry().register(&mut stream, last, interests).is_ok()
+                        {
+                            connections.insert(last, Connection::new(stream));
+                        }
                     }
                 } else if let Some(connection) = connections.get_mut(&event.token())
                     && !self.answer(connection, answers).unwrap_or(false)
@@ -176,6 +176,18 @@ impl Upstream {
     /// When an answer was last sent: the one that a client has just got, if it alone asks.
     fn answered(&self) -> Instant {
         *self.answered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for events; none may have come.
+fn wait(poll: &mut Poll, events: &mut Events, most: Option<Duration>) -> io::Result<()> {
+    match poll.poll(events, most) {
+        // By a signal: whoever waits looks again.
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+            events.clear();
+            Ok(())
+        }
+        result => result,
     }
 }
 
@@ -512,18 +524,20 @@ impl Load<'_> {
             let (mut connection, mut asked) = (Connection::new(stream), self.asked_from(index));
             let first = asked.next().ok_or_else(nothing)?;
             connection.send(&first.request)?;
-            clients.push((connection, asked, Some(first)));
+            clients.push((connection, asked, Some((first, Instant::now()))));
         }
         let mut events = Events::with_capacity(64);
         let (mut count, mut waiting) = (0, clients.len());
         while waiting > 0 {
-            poll.poll(&mut events, Some(READ_TIMEOUT))?;
-            if events.is_empty() {
+            wait(&mut poll, &mut events, Some(READ_TIMEOUT))?;
+            let now = Instant::now();
+            let stalled = |since: Instant| now.saturating_duration_since(since) >= READ_TIMEOUT;
+            if clients.iter().any(|(_, _, awaited)| awaited.is_some_and(|(_, since)| stalled(since))) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             for event in &events {
                 let Some((connection, asked, awaited)) = clients.get_mut(event.token().0) else { continue };
-                let Some(of) = *awaited else { continue };
+                let Some((of, _)) = *awaited else { continue };
                 connection.flush()?;
                 match connection.messages.next() {
                     Ok(Some(message)) => message.must_be(&of.expected)?,
@@ -532,10 +546,11 @@ impl Load<'_> {
                     Err(error) => return Err(error),
                 }
                 count += 1;
-                if Instant::now() < end {
+                let now = Instant::now();
+                if now < end {
                     let next = asked.next().ok_or_else(nothing)?;
                     connection.send(&next.request)?;
-                    *awaited = Some(next);
+                    *awaited = Some((next, now));
                 } else {
                     *awaited = None;
                     waiting -= 1;

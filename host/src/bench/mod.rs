@@ -18,7 +18,7 @@
 //!
 //! Why ratios: a figure in MB/s is about the machine; two measured by turns in one run are about the code.
 //!
-//! Cost: under a minute with `--quick`, else about four. It wants two processors for the proxies.
+//! Cost: under a minute with `--quick`, else about four. It wants two processors: one for the proxies, one for their load.
 //!
 //! Left out on purpose: profiles and single functions; see `benches/`.
 

@@ -158,8 +158,13 @@ pub(super) fn measure(
     let sides = Sides::divide();
     sides.iter().for_each(Sides::load);
     let upstream = traffic.upstream()?;
-    sides.iter().for_each(Sides::proxies);
+    sides.iter().for_each(Sides::all);
     let folder = tempfile::tempdir()?;
+    // As operators run it: it compiles on all processors, and what the threads leave behind is its memory too.
+    let gateway_idle_bytes =
+        GatewayProcess::start(folder.path(), filter, plugin_configuration, upstream.address)?
+            .resident_bytes()?;
+    sides.iter().for_each(Sides::proxies);
     let noop = folder.path().join("noop.wasm");
     let module =
         wat::parse_str(include_str!("noop.wat")).map_err(|error| io::Error::other(error.to_string()))?;
@@ -174,7 +179,6 @@ pub(super) fn measure(
         ..with(filter.to_owned())
     })?;
     let gateway = GatewayProcess::start(folder.path(), filter, plugin_configuration, upstream.address)?;
-    let gateway_idle_bytes = gateway.resident_bytes()?;
     sides.iter().for_each(Sides::load);
     let mut targets = [
         Target::new(NO_FILTER, without_filter.listen(), without_filter.pid()),

@@ -390,7 +390,13 @@ impl Exchange {
             Direction::Response => self.response = Some(inspection),
         }
         if ended {
-            self.end(plugin, host, direction, End::Headers)
+            // The target and the headers were scored in this callback.
+            match direction {
+                Direction::Request => {
+                    self.end_since(plugin, host, direction, End::Headers, self.times.request_began_ns)
+                }
+                Direction::Response => self.end(plugin, host, direction, End::Headers),
+            }
         } else if hold == Hold::Headers {
             Step::Hold
         } else {
