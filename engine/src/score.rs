@@ -1531,7 +1531,7 @@ mod tests {
 
     /// That a stretch was known depends on much, and little of it decides often.
     fn many() -> ProptestConfig {
-        ProptestConfig::with_cases(ProptestConfig::default().cases.max(4000))
+        ProptestConfig::with_cases(ProptestConfig::default().cases.max(8000))
     }
 
     proptest! {
@@ -1540,7 +1540,7 @@ mod tests {
         fn what_was_scored_before_changes_no_score(
             texts in prop::collection::vec((repetitive(), prop::collection::vec(0usize..400, 0..3)), 1..8),
             order in prop::collection::vec((0usize..8, 0usize..3), 1..40),
-            most_states in prop::sample::select(std::vec![2, 5, 20, 4096]),
+            most_states in prop::sample::select(std::vec![3, 20, 4096, 4096, 4096, 4096]),
         ) {
             let models = models();
             let mut scratch = Scratch::default();
@@ -1560,7 +1560,7 @@ mod tests {
         fn what_waits_for_more_is_scored_as_what_does_not(
             texts in prop::collection::vec((repetitive(), prop::collection::vec((0usize..400, 0u64..3), 0..90)), 1..6),
             order in prop::collection::vec(0usize..6, 1..20),
-            most_states in prop::sample::select(std::vec![2, 5, 20, 4096]),
+            most_states in prop::sample::select(std::vec![3, 20, 4096, 4096, 4096, 4096]),
         ) {
             let models = models();
             let (mut scratch, mut other_scratch) = (Scratch::default(), Scratch::default());
