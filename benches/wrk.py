@@ -49,7 +49,8 @@ def noop_module(folder):
     if not python.exists():
         print("   installing an assembler for wasm into target/wrk", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "wasmtime==50.0.1"], check=True)
+        pinned = ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", ROOT / "benches/wrk-requirements.txt"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
     module = folder / "noop.wasm"
     program = "import sys, wasmtime; open(sys.argv[2], 'wb').write(wasmtime.wat2wasm(open(sys.argv[1], 'rb').read()))"
     subprocess.run([python, "-c", program, ROOT / "host/src/bench/noop.wat", module], check=True)

@@ -1,9 +1,9 @@
-//! Which of 64 bytes are letters, digits or a certain sign, as the bits of a number; and a few bytes copied.
+//! Which of 64 bytes are letters, digits or a certain sign, as the bits of a number.
 //!
 //! What: `Block64` holds up to 64 bytes; its methods give one bit a byte, the first byte's lowest. Runs
 //! are then found by counting zeros, so nothing branches on the text byte by byte.
 //!
-//! [`copy`] and [`up_to_or`] are also for the filter's reader of JSON, whose strings are short.
+//! [`up_to_or`] is for the filter's reader of JSON, whose strings are short.
 //!
 //! Why: words end where nobody can foresee it. A loop that looks for their ends mispredicts once a word,
 //! which costs more than the word's hash.
@@ -26,7 +26,7 @@ impl Block64 {
         }
         let mut block = [0; 64];
         if let Some(front) = block.get_mut(..text.len()) {
-            copy(front, text);
+            front.copy_from_slice(text);
         }
         Self::of(&block)
     }
@@ -110,41 +110,6 @@ pub fn up_to_or(bytes: &[u8; 16], most: u8, signs: [u8; 2]) -> (u32, u32) {
     (found.to_bitmask() & 0xffff, bytes.to_bitmask() & 0xffff)
 }
 
-/// As `copy_from_slice` of as many bytes as both have, without a call for up to 64: pieces of text have some twenty, and
-/// a wasm engine leaves its compiled code to copy memory.
-#[inline(always)]
-pub fn copy(to: &mut [u8], from: &[u8]) {
-    let len = to.len().min(from.len());
-    let (Some(to), Some(from)) = (to.get_mut(..len), from.get(..len)) else { return };
-    if len > 64 {
-        to.copy_from_slice(from);
-    } else if ends::<16>(to, from) {
-        // What lies between the ends, if anything does.
-        for at in [16, 32] {
-            if let (Some(to), Some(from)) = (to.get_mut(at..), from.get(at..))
-                && let (Some(to), Some(from)) = (to.first_chunk_mut::<16>(), from.first_chunk::<16>())
-            {
-                *to = *from;
-            }
-        }
-    } else if !ends::<8>(to, from) && !ends::<4>(to, from) && !ends::<2>(to, from) {
-        ends::<1>(to, from);
-    }
-}
-
-/// Copies the first and the last `N` bytes, if there are so many.
-#[inline(always)]
-fn ends<const N: usize>(to: &mut [u8], from: &[u8]) -> bool {
-    let (Some(first), Some(last)) = (from.first_chunk::<N>(), from.last_chunk::<N>()) else { return false };
-    if let Some(to) = to.first_chunk_mut::<N>() {
-        *to = *first;
-    }
-    if let Some(to) = to.last_chunk_mut::<N>() {
-        *to = *last;
-    }
-    true
-}
-
 /// The bits below the first `n`, all of them for 64 and more.
 #[inline(always)]
 pub(crate) fn below(n: usize) -> u64 {
@@ -155,7 +120,6 @@ pub(crate) fn below(n: usize) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::vec;
 
     proptest! {
         #[test]
@@ -187,16 +151,6 @@ mod tests {
             let bits = |test: &dyn Fn(u8) -> bool| (0..16).filter(|&i| test(bytes[i])).fold(0, |bits, i| bits | 1 << i);
             let found = bits(&|byte| byte <= most || signs.contains(&byte));
             prop_assert_eq!(up_to_or(&bytes, most, signs), (found, bits(&|byte| byte > 127)));
-        }
-
-        #[test]
-        fn bytes_are_copied(from in prop::collection::vec(any::<u8>(), 0..100), len in 0usize..100) {
-            let mut to = vec![0; len];
-            let mut expected = to.clone();
-            let both = from.len().min(len);
-            expected[..both].copy_from_slice(&from[..both]);
-            copy(&mut to, &from);
-            prop_assert_eq!(to, expected);
         }
     }
 

@@ -13,7 +13,6 @@ use core::cell::Cell;
 
 use super::context::{FIELD_ORDER, PLAIN_ORDER};
 use super::{ModelError, cost_of, identity, scatter, weighted};
-use crate::bitmap::copy;
 use crate::field::{FieldTracker, START};
 
 /// Bytes that are costed at once.
@@ -592,7 +591,7 @@ impl Lanes {
             let (part, behind) = rest.split_at_checked(quarter).unwrap_or_default();
             let (part, behind) = if i == LANES { (rest, behind) } else { (part, behind) };
             if let Some(lane) = lane.get_mut(..part.len()) {
-                copy(lane, part);
+                lane.copy_from_slice(part);
             }
             rest = behind;
         }

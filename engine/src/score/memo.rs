@@ -60,7 +60,7 @@ const BLOCKS_LEFT_ALONE: u32 = 1 << 13;
 
 /// Places for stretches, states, and marks of what came once. Powers of two.
 const STRETCHES: usize = 1 << 13;
-const STATES: usize = 1 << 12;
+pub(super) const STATES: usize = 1 << 12;
 /// Places that a stretch may have.
 const WAYS: usize = 4;
 const MARKS: usize = 1 << 15;
@@ -251,7 +251,7 @@ impl Known {
 }
 
 /// What is asked first of the stretch that followed last, read while the one before is worked on: it is there when
-/// it is needed.
+/// it is needed. Of use until something is kept or forgotten.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Foretold {
     pub(super) place: usize,
@@ -609,8 +609,7 @@ impl Memo {
         }
     }
 
-    /// Keeps what the stretch came to; of those whose hashes fall together the oldest
-    /// is forgotten.
+    /// Keeps what the stretch came to; of those whose hashes fall together the oldest is forgotten.
     pub(super) fn keep(&mut self, stretch: &Stretch, known: Known, seldom: Seldom) {
         if self.places.is_empty() {
             self.places = vec![0; STRETCHES];

@@ -10,7 +10,7 @@
 //! Left out on purpose: numbers are checked but only unsigned integers are evaluated (token counts, indexes);
 //! duplicate keys are not noticed; a lone surrogate escape is allowed by the grammar and becomes U+FFFD.
 
-use driftlock_engine::bitmap::{copy, up_to_or};
+use driftlock_engine::bitmap::up_to_or;
 
 use crate::content::ContentError;
 
@@ -532,7 +532,7 @@ impl Tokenizer {
     fn key_text(&mut self, run: &[u8]) {
         let end = self.key_len.saturating_add(run.len());
         if let Some(place) = self.key.get_mut(self.key_len..end) {
-            copy(place, run);
+            place.copy_from_slice(run);
             self.key_len = end;
         } else {
             self.key_len = MAX_KEY_BYTES + 1;

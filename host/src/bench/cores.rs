@@ -20,14 +20,18 @@ pub(super) struct Sides {
 
 #[cfg(target_os = "linux")]
 impl Sides {
-    /// Divides the processors that this thread may run on; nothing if it may not run on two.
-    pub(super) fn divide() -> Option<Self> {
-        let before = sched_getaffinity(None).ok()?;
+    /// Divides the processors that this thread may run on; all are both sides' if it may not run on two.
+    pub(super) fn divide() -> Self {
+        // What cannot be told is left as it is: no thread may run on no processor.
+        let before = sched_getaffinity(None).unwrap_or_default();
         let mut allowed = (0..CpuSet::MAX_CPU).filter(|&cpu| before.is_set(cpu));
         let (mut proxies, mut load) = (CpuSet::new(), CpuSet::new());
-        proxies.set(allowed.next()?);
+        allowed.by_ref().take(1).for_each(|cpu| proxies.set(cpu));
         allowed.for_each(|cpu| load.set(cpu));
-        (load.count() > 0).then_some(Self { before, proxies, load })
+        if load.count() == 0 {
+            (proxies, load) = (before, before);
+        }
+        Self { before, proxies, load }
     }
 
     /// What is started now is a proxy.
@@ -65,8 +69,8 @@ pub(super) struct Sides;
 
 #[cfg(not(target_os = "linux"))]
 impl Sides {
-    pub(super) fn divide() -> Option<Self> {
-        None
+    pub(super) fn divide() -> Self {
+        Self
     }
 
     pub(super) fn proxies(&self) {}
@@ -85,15 +89,20 @@ mod tests {
         // Threads have processors of their own, so other tests do not notice.
         let before = sched_getaffinity(None).unwrap();
         let now = || sched_getaffinity(None).unwrap();
-        if let Some(sides) = Sides::divide() {
-            sides.proxies();
-            let of_proxies = now();
-            sides.load();
+        let sides = Sides::divide();
+        sides.proxies();
+        let of_proxies = now();
+        sides.load();
+        if before.count() > 1 {
             assert_eq!((of_proxies.count(), now().count()), (1, before.count() - 1));
             assert!((0..CpuSet::MAX_CPU).all(|cpu| !(of_proxies.is_set(cpu) && now().is_set(cpu))));
-            sides.all();
-            assert!(now() == before);
+        } else {
+            assert!(of_proxies == before && now() == before);
         }
+        sides.all();
+        assert!(now() == before);
+        sides.load();
+        drop(sides);
         assert!(now() == before);
     }
 }

@@ -169,20 +169,19 @@ pub fn measure(args: &Args) -> Result<Comparison, BenchError> {
     let traffic = traffic()?;
     let (configuration, asked) = (&traffic.plugin_configuration, traffic.both_ways());
     let sides = Sides::divide();
-    sides.iter().for_each(Sides::load);
+    sides.load();
     let upstream = traffic.upstream()?.address;
     let folder = tempfile::tempdir()?;
-    sides.iter().for_each(Sides::all);
-    let idle_bytes =
-        GatewayProcess::start(folder.path(), &wasm, configuration, upstream)?.resident_bytes()?;
-    sides.iter().for_each(Sides::proxies);
+    sides.all();
+    let idle_bytes = GatewayProcess::idle_bytes(folder.path(), &wasm, configuration, upstream)?;
+    sides.proxies();
     let envoy_options = EnvoyOptions {
         plugin_configuration: configuration.clone(),
         ..EnvoyOptions::new(envoy::find_binary(args.envoy.as_deref())?, wasm.clone(), upstream)
     };
     let envoy = Envoy::start(&envoy_options)?;
     let gateway = GatewayProcess::start(folder.path(), &wasm, configuration, upstream)?;
-    sides.iter().for_each(Sides::load);
+    sides.load();
     let mean = |bytes: fn(&Asked) -> usize| asked.iter().map(bytes).sum::<usize>() / asked.len().max(1);
     let mut result = Comparison {
         idle_bytes,

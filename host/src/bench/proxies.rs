@@ -156,15 +156,13 @@ pub(super) fn measure(
     let traffic = traffic()?;
     let plugin_configuration = &traffic.plugin_configuration;
     let sides = Sides::divide();
-    sides.iter().for_each(Sides::load);
+    sides.load();
     let upstream = traffic.upstream()?;
-    sides.iter().for_each(Sides::all);
+    sides.all();
     let folder = tempfile::tempdir()?;
-    // As operators run it: it compiles on all processors, and what the threads leave behind is its memory too.
     let gateway_idle_bytes =
-        GatewayProcess::start(folder.path(), filter, plugin_configuration, upstream.address)?
-            .resident_bytes()?;
-    sides.iter().for_each(Sides::proxies);
+        GatewayProcess::idle_bytes(folder.path(), filter, plugin_configuration, upstream.address)?;
+    sides.proxies();
     let noop = folder.path().join("noop.wasm");
     let module =
         wat::parse_str(include_str!("noop.wat")).map_err(|error| io::Error::other(error.to_string()))?;
@@ -179,7 +177,7 @@ pub(super) fn measure(
         ..with(filter.to_owned())
     })?;
     let gateway = GatewayProcess::start(folder.path(), filter, plugin_configuration, upstream.address)?;
-    sides.iter().for_each(Sides::load);
+    sides.load();
     let mut targets = [
         Target::new(NO_FILTER, without_filter.listen(), without_filter.pid()),
         Target::new(NOOP, reading.listen(), reading.pid()),
@@ -309,6 +307,17 @@ impl GatewayProcess {
         // Compilation has just ended: let its memory be given back.
         thread::sleep(Duration::from_secs(1));
         Ok(gateway)
+    }
+
+    /// What one takes before its first request. To be asked while it may run on all processors, as operators run it: it
+    /// compiles on all of them, and what the threads leave behind is its memory too.
+    pub(super) fn idle_bytes(
+        folder: &Path,
+        wasm: &Path,
+        configuration: &[u8],
+        upstream: SocketAddr,
+    ) -> Result<u64, BenchError> {
+        Ok(Self::start(folder, wasm, configuration, upstream)?.resident_bytes()?)
     }
 
     pub(super) fn pid(&self) -> u32 {

@@ -390,13 +390,12 @@ impl Exchange {
             Direction::Response => self.response = Some(inspection),
         }
         if ended {
-            // The target and the headers were scored in this callback.
-            match direction {
-                Direction::Request => {
-                    self.end_since(plugin, host, direction, End::Headers, self.times.request_began_ns)
-                }
-                Direction::Response => self.end(plugin, host, direction, End::Headers),
-            }
+            let began_ns = match direction {
+                // The target and the headers were scored in this callback.
+                Direction::Request => self.times.request_began_ns,
+                Direction::Response => host.now_ns(),
+            };
+            self.end_since(plugin, host, direction, End::Headers, began_ns)
         } else if hold == Hold::Headers {
             Step::Hold
         } else {
