@@ -15,7 +15,7 @@
 //!
 //! Left out on purpose: compression of the snapshot (tables are near-random bytes; transport can).
 //!
-//! # Format, version 4, little-endian
+//! # Format, version 5, little-endian
 //! `"DRIFTLCK"`, u16 version, u32 number of streams; per stream: name, u32 messages trained on, u16
 //! number of units; per unit: name, u32 normalised classes, the model (u64 trained bytes, u32 slots, u32
 //! each, a byte each; u16 fields, three u32 each), the vocabulary (u32 blocks, u64 each), what bytes cost
@@ -428,7 +428,7 @@ pub struct Snapshot {
 }
 
 const MAGIC: &[u8; 8] = b"DRIFTLCK";
-const VERSION: u16 = 4;
+const VERSION: u16 = 5;
 const DIGEST_BYTES: usize = 32;
 
 /// Why the bytes of a snapshot were refused.

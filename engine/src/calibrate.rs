@@ -2,17 +2,20 @@
 //!
 //! What: [`NormalRanges`] makes one statistic of a unit's five views (see [`crate::score`]): each view is
 //! put on the scale of its surprise, -log2 of the share of held-out normal units that have at least as
-//! much of it, and the largest is taken. [`Calibration`] ranks the largest statistic over a message's
-//! units among those of held-out normal messages. With n of them, p = (1 + #{s_i >= s}) / (n + 1) (Vovk,
-//! Gammerman, Shafer 2005, chapter 2): if normal messages are exchangeable with the held-out ones,
-//! P(p <= alpha) <= alpha for every alpha. p is never 0 and ties count against us.
+//! much of it, and the largest is taken, with a quarter of what the words say. [`Calibration`] ranks the
+//! largest statistic over a message's units among those of held-out normal messages. With n of them,
+//! p = (1 + #{s_i >= s}) / (n + 1) (Vovk, Gammerman, Shafer 2005, chapter 2): if normal messages are
+//! exchangeable with the held-out ones, P(p <= alpha) <= alpha for every alpha. p is never 0 and ties count
+//! against us.
 //!
 //! Below the 90th percentile a surprise is that of 33 quantiles, and a straight line between two: -log2 of the share of units
 //! with as much as quantile i, each quantile counting for half a unit.
 //!
 //! How a surprise goes on beyond what was seen: above the 90th percentile u of held-out units the share
 //! falls as exp(-(s - u) / beta), beta the mean excess there (the exponential tail of the peaks-over-
-//! threshold method, Pickands 1975). It need not be right: it only brings the views to one scale.
+//! threshold method, Pickands 1975). It need not be right: it only brings the views to one scale. Of the total's
+//! surprise beyond log2(n + 1) bits, what n units can tell, a quarter counts: units that differ as a whole differ by
+//! more than such a tail says, and a few normal ones would outrank most of what the other views find (DECISIONS.md).
 //!
 //! What length has to do with it: what is ordinary in a long form is not in a short command. The total and the
 //! fields are surprising by the units of about the same length too, as far as length explains them (a share
@@ -43,6 +46,9 @@ pub use length::{MAX_STRATA, MIN_STRATUM_UNITS};
 
 /// Fixed-point scale of a surprise: this is one bit.
 pub const UNIT_SCORE: i64 = 1 << 20;
+
+/// Of the surprise of a total that is beyond what held-out units can tell, one part in so many counts.
+const BEYOND_OF_TOTAL: i64 = 4;
 
 /// The statistic of a unit that the baseline has no model for: stranger than any that it has.
 pub const UNSEEN_UNIT: i64 = i64::MAX / 4;
@@ -91,9 +97,11 @@ impl View {
     /// but alike would otherwise make the slightest change outweigh everything.
     fn least_scale(self) -> i64 {
         match self {
-            // A quarter of a standard deviation; of a bit.
-            Self::Total | Self::Peak => 64,
-            Self::Fields => 26,
+            // A quarter of a standard deviation.
+            Self::Total => 64,
+            // A seventh more of every byte's cost; a sixth more of every field's deviation.
+            Self::Peak => 192,
+            Self::Fields => 110,
             // A hundredth of the words (and 300).
             Self::NewPairs => 655,
             // A twentieth of the words.
@@ -482,9 +490,9 @@ impl NormalRanges {
         for (surprise, tail) in surprises.iter_mut().zip(&self.tails) {
             *surprise = tail.surprise(*surprise);
         }
-        let Some(stratum) = self.by_length.stratum(scores.bytes) else { return surprises };
+        let of_length = self.by_length.stratum(scores.bytes).map(|stratum| &stratum.tails);
         for (view, (tail, share)) in
-            View::BY_LENGTH.into_iter().zip(stratum.tails.iter().zip(self.by_length.shares))
+            View::BY_LENGTH.into_iter().zip(of_length.into_iter().flatten().zip(self.by_length.shares))
         {
             if let (Some(surprise), Some(&value)) =
                 (surprises.get_mut(view as usize), values.get(view as usize))
@@ -494,11 +502,14 @@ impl NormalRanges {
                 *surprise += (more >> WHOLE_SHARE.trailing_zeros()) as i64;
             }
         }
+        let ([total, ..], [tail_of_total, ..]) = (&mut surprises, &self.tails);
+        let more = (*total - tail_of_total.most_surprise()).max(0);
+        *total -= more - more / BEYOND_OF_TOTAL;
         surprises
     }
 
-    /// The unit's statistic, in 1/[`UNIT_SCORE`] bit: the largest surprise. Larger is stranger. The others
-    /// decide between units with the same.
+    /// The unit's statistic, in 1/[`UNIT_SCORE`] bit: the largest surprise and a quarter of what its words say.
+    /// Larger is stranger. The other views decide between units with the same.
     pub fn statistic(&self, scores: &UnitScores) -> i64 {
         combined(&self.surprises(scores))
     }
@@ -506,7 +517,9 @@ impl NormalRanges {
 
 /// The statistic of a unit with these surprises; see [`NormalRanges::statistic`].
 pub(crate) fn combined(surprises: &Surprises) -> i64 {
-    surprises.iter().copied().max().unwrap_or(0) + surprises.iter().sum::<i64>() / 8192
+    let [_, _, _, new_pairs, new_words] = surprises;
+    let largest = surprises.iter().copied().max().unwrap_or(0);
+    largest + (new_pairs + new_words) / 4 + surprises.iter().sum::<i64>() / 8192
 }
 
 /// A conformal p-value as the exact fraction `rank / of`.
@@ -611,7 +624,7 @@ mod tests {
             if value > threshold {
                 let beyond = &sorted[values.len() - k..];
                 let scale = beyond.iter().map(|v| (v - threshold) as f64).sum::<f64>() / k as f64;
-                let exact = (n / k as f64).log2() + (value - threshold) as f64 / scale.floor().max(64.0) * core::f64::consts::LOG2_E;
+                let exact = (n / k as f64).log2() + (value - threshold) as f64 / scale.floor().max(View::Peak.least_scale() as f64) * core::f64::consts::LOG2_E;
                 prop_assert!((bits - exact).abs() < 0.01 + exact / 1000.0, "{bits} {exact}");
             } else {
                 let share = |rank: f64| -((n - rank + 0.5) / (n + 1.0)).log2();
@@ -667,6 +680,46 @@ mod tests {
             let exact = (cost as f64 / 256.0 - mu * l) / variance.sqrt();
             let got = spread.standardised(bytes, scores.excess(expected)) as f64 / 256.0;
             prop_assert!((got - exact).abs() < 0.02 + exact.abs() / 100.0, "{got} {exact}");
+        }
+    }
+
+    /// Whole units stray further than a tail fitted to a few says.
+    #[test]
+    fn a_total_counts_a_quarter_beyond_what_held_out_units_can_tell() {
+        let unit = |cost: u64| UnitScores { bytes: 100, cost, peak_sum: 40, ..UnitScores::default() };
+        let long = |i: u64| UnitScores { bytes: 300, ..unit(150_000 + i) };
+        let units: Vec<UnitScores> =
+            (0..255).map(|i| if i % 2 == 0 { unit(50_000 + i) } else { long(i) }).collect();
+        let ranges = NormalRanges::fit(500 << 8, &units, None);
+        assert!(ranges.by_length.stratum(100).is_some());
+        let total = |cost: u64| ranges.surprises(&unit(cost))[View::Total as usize];
+        // As steep as before up to the eight bits that 255 units tell.
+        let last = (50_000..1 << 20).take_while(|&cost| total(cost) <= 8 * UNIT_SCORE).last().unwrap();
+        let (before, behind) = (total(last) - total(last - 64), total(last + 65) - total(last + 1));
+        assert!((behind * BEYOND_OF_TOTAL).abs_diff(before) < UNIT_SCORE as u64 / 16, "{before} {behind}");
+        // No other view bends there.
+        let dear = UnitScores { peak_sum: 1 << 30, ..unit(50_000) };
+        let [_, peak, ..] = ranges.surprises(&dear);
+        assert!(peak > 20 * UNIT_SCORE, "{peak}");
+    }
+
+    proptest! {
+        #[test]
+        fn the_statistic_is_the_definition(surprises in prop::array::uniform5(0i64..1 << 40)) {
+            let [.., pairs, words] = surprises;
+            let largest = surprises.iter().max().unwrap();
+            let exact = *largest as f64 + (pairs + words) as f64 / 4.0 + surprises.iter().sum::<i64>() as f64 / 8192.0;
+            prop_assert!((combined(&surprises) as f64 - exact).abs() <= 2.0);
+        }
+
+        #[test]
+        fn more_of_any_view_is_never_less_strange(
+            surprises in prop::array::uniform5(0i64..MAX_SURPRISE), view in 0..VIEWS, more in 0i64..1 << 40,
+        ) {
+            let mut other = surprises;
+            other[view] = (other[view] + more).min(MAX_SURPRISE);
+            prop_assert!(combined(&other) >= combined(&surprises));
+            prop_assert!(combined(&other) < UNSEEN_UNIT);
         }
     }
 
@@ -731,10 +784,10 @@ mod tests {
 
     #[test]
     fn few_units_do_not_make_a_narrow_range() {
-        let pooled = Tail::fit((0..2000).step_by(10).collect(), View::Peak, None);
-        assert_eq!((pooled.beyond, pooled.threshold, pooled.scale), (20, 1790, 105));
+        let pooled = Tail::fit((0..20_000).step_by(100).collect(), View::Peak, None);
+        assert_eq!((pooled.beyond, pooled.threshold, pooled.scale), (20, 17_900, 1_050));
         let few = Tail::fit(vec![5, 5], View::Peak, Some(&pooled));
-        assert_eq!((few.units, few.threshold, few.scale), (2, 5, 105));
+        assert_eq!((few.units, few.threshold, few.scale), (2, 5, 1_050));
         assert_eq!(Tail::fit(vec![7; 500], View::Peak, Some(&pooled)).scale, View::Peak.least_scale());
         assert_eq!(Tail::fit(vec![], View::Peak, Some(&pooled)), pooled);
     }
@@ -750,10 +803,11 @@ mod tests {
         }
     }
 
-    /// Units of two lengths: long ones with much in their fields, short ones with little.
+    /// Units of two lengths: long ones with much in their fields, short ones with little; five more of a hundred
+    /// doubles it.
     fn unit(long: bool, strangeness: u64) -> UnitScores {
-        let (bytes, field_sum) =
-            if long { (300, 20_000 + strangeness * 200) } else { (40, strangeness * 20) };
+        let field_sum = ((5 + strangeness % 5) << (strangeness / 5)) * 256 / 5;
+        let (bytes, field_sum) = if long { (300, field_sum << 21) } else { (40, field_sum) };
         UnitScores { bytes, field_sum, ..UnitScores::default() }
     }
 
@@ -769,7 +823,7 @@ mod tests {
         );
         assert!(ranges.by_length.shares[1] > 180, "{:?}", ranges.by_length.shares);
         let fields = |scores: &UnitScores| ranges.surprises(scores)[View::Fields as usize];
-        let odd = UnitScores { field_sum: 20_000, ..unit(false, 0) };
+        let odd = UnitScores { field_sum: unit(true, 0).field_sum, ..unit(false, 0) };
         let same_of_another_length = UnitScores { bytes: 170, ..odd };
         assert!(fields(&unit(true, 0)) < 2 * UNIT_SCORE);
         assert!(fields(&odd) > 4 * UNIT_SCORE, "{}", fields(&odd));

@@ -195,8 +195,8 @@ pub const MAX_UNITS: usize = 8;
 /// Scores of a unit; see [`crate::score`] for the formulas.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Scores {
-    /// The largest surprise among the views, bits, with a ten-thousandth of the others. Absent for a kind
-    /// of unit that the baseline has never seen.
+    /// The largest surprise among the views and a quarter of what new pairs and new words have, bits, with an
+    /// eight-thousandth of all. Absent for a kind of unit that the baseline has never seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub statistic: Option<f64>,
     /// The view with the largest surprise.
@@ -220,7 +220,7 @@ pub struct Scores {
 /// A surprise for each view, bits; see [`crate::calibrate::View`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SurpriseBits {
-    /// The code length of the whole.
+    /// The code length of the whole; beyond what n held-out units can tell, log2(n + 1), a quarter counts.
     pub total: f64,
     /// A soft maximum of the bytes' costs.
     pub peak: f64,

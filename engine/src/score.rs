@@ -4,7 +4,7 @@
 //! T = sum c_i and mu the calibrated mean cost of a byte, it keeps the sums behind five views of a unit:
 //! - **total**, (T - mu L) against the spread that normal units of that length have: is the unit as a
 //!   whole unlike the baseline?
-//! - **peak** = log2 sum 2^(c_i / 4), a soft maximum of the costs: a few odd bytes in ordinary text move it
+//! - **peak** = log2 (1 + sum (c_i / 2)^4), a soft maximum of the costs: a few odd bytes in ordinary text move it
 //!   though they vanish in the total;
 //! - **fields** = log2 (1 + sum max(0, z_f)^2) over the fields of the unit, z_f = (S_f - mu_f L_f) /
 //!   sqrt(v_f L_f + 8) with the field's own calibrated mean and variance: odd values;
@@ -285,7 +285,7 @@ pub struct UnitScores {
     pub source_bytes: u64,
     /// Code length C(x|B), 1/256 bit.
     pub cost: u64,
-    /// Sum of 2^(c/4) over the bytes' costs c, in 1/256.
+    /// Sum of (c/2)^4 over the bytes' costs c in bits.
     pub peak_sum: u64,
     /// Sum over fields of max(0, z)^2, in 1/256.
     pub field_sum: u64,
@@ -307,7 +307,7 @@ impl UnitScores {
         (i128::from(self.cost) - expected as i128).clamp(i64::MIN.into(), i64::MAX.into()) as i64
     }
 
-    /// log2 sum 2^(c/4), in 1/256 bit; 0 for an empty unit.
+    /// log2 (1 + sum (c/2)^4) over the bytes' costs c in bits, in 1/256; 0 for an empty unit.
     pub fn peak(&self) -> i64 {
         self.logarithms().1
     }
@@ -320,10 +320,9 @@ impl UnitScores {
     /// log2 of the bytes in 1/4096, [`Self::peak`] and [`Self::fields`].
     pub(crate) fn logarithms(&self) -> (u32, i64, i64) {
         let [bytes, peak, fields] =
-            [self.bytes, self.peak_sum, self.field_sum.saturating_add(256)].map(log2_fixed);
-        // The sums are in 1/256: 8 bits less.
-        let less = 8 * i64::from(UNITS_PER_BIT);
-        (bytes, (i64::from(peak >> 4) - less).max(0), i64::from(fields >> 4) - less)
+            [self.bytes, self.peak_sum.saturating_add(1), self.field_sum.saturating_add(256)].map(log2_fixed);
+        // The fields' sum is in 1/256: 8 bits less.
+        (bytes, i64::from(peak >> 4), i64::from(fields >> 4) - 8 * i64::from(UNITS_PER_BIT))
     }
 
     /// New pairs of familiar words / (words + 300), in 1/65536.
@@ -1415,10 +1414,11 @@ mod tests {
             let length = costs_with_end.len() as f64;
             prop_assert_eq!(whole.bytes as f64, length);
             prop_assert_eq!(whole.cost, costs_with_end.iter().map(|&c| u64::from(c)).sum::<u64>());
-            let peak: f64 = costs_with_end.iter().map(|&c| (f64::from(c) / 1024.0).exp2()).sum();
-            // Costs are taken in steps of 1/8 bit, so the peak is up to 1/32 low.
-            let error = peak.log2() - whole.peak() as f64 / 256.0;
-            prop_assert!((-0.01..0.05).contains(&error), "peak {} against {}", whole.peak(), peak.log2());
+            // Costs are taken in steps of 1/8 bit, weights in whole numbers.
+            let weights = costs_with_end.iter().map(|&c| (f64::from(c / 32) / 16.0).powi(4).round());
+            let peak = (1.0 + weights.sum::<f64>()).log2();
+            let error = peak - whole.peak() as f64 / 256.0;
+            prop_assert!(error.abs() < 0.01, "peak {} against {}", whole.peak(), peak);
             let total: f64 = costs_with_end.iter().map(|&c| f64::from(c) / 256.0).sum();
             let excess = total - 300.0 / 256.0 * length;
             prop_assert!((excess - whole.excess(300 << 8) as f64 / 256.0).abs() < 0.01);

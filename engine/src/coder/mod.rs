@@ -161,21 +161,14 @@ const fn cost_of(code: u32) -> u32 {
     }
 }
 
-/// 2^(i/32) in 1/65536.
-const POWERS: [u32; 32] = [
-    65536, 66971, 68438, 69936, 71468, 73032, 74632, 76266, 77936, 79642, 81386, 83169, 84990, 86851, 88752,
-    90696, 92682, 94711, 96785, 98905, 101070, 103283, 105545, 107856, 110218, 112631, 115098, 117618,
-    120194, 122825, 125515, 128263,
-];
-
-/// 2^(c/4) in 1/256, by cost c in 1/8 bit: what a byte adds to a peak (see [`crate::score`]).
+/// (c/2)^4, rounded, by cost c in 1/8 bit: what a byte adds to a peak (see [`crate::score`]).
 #[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
 const PEAK_WEIGHTS: [u32; PEAK_STEPS] = {
     let mut weights = [0; PEAK_STEPS];
     let mut k = 0;
     while k < PEAK_STEPS {
-        // c/4 bits = k/32; 65536 down to 256 is the shift by 8.
-        weights[k] = ((POWERS[k % 32] as u64) << (k / 32) >> 8) as u32;
+        // c/2 bits = k/16.
+        weights[k] = (((k as u64).pow(4) + (1 << 15)) >> 16) as u32;
         k += 1;
     }
     weights
@@ -184,7 +177,7 @@ const PEAK_STEPS: usize = (MAX_COST as usize >> PEAK_SHIFT) + 1;
 /// From 1/256 bit to 1/8 bit.
 const PEAK_SHIFT: u32 = 5;
 
-/// The peak weight of a cost, 2^(c/4) in 1/256; at most 2^16.
+/// The peak weight of a cost of c bits, (c/2)^4; at most 2^16.
 pub(crate) fn peak_weight(cost: u16) -> u64 {
     let cost = cost.min(MAX_COST);
     PEAK_WEIGHTS.get(usize::from(cost >> PEAK_SHIFT)).copied().unwrap_or(0).into()

@@ -160,7 +160,7 @@ pub struct Block {
     last_complete: bool,
     /// What its bytes cost depends on those before it, beyond the state.
     looked_back: bool,
-    /// Sum of 2^(c/4) over the costs c in bits, in 1/256.
+    /// Sum of (c/2)^4 over the costs c in bits.
     peak_sum: u64,
 }
 
@@ -219,7 +219,7 @@ impl Block {
         self.looked_back
     }
 
-    /// Sum of 2^(c/4) over the bytes' costs c in bits, in 1/256.
+    /// Sum of (c/2)^4 over the bytes' costs c in bits.
     pub fn peak_sum(&self) -> u64 {
         self.peak_sum
     }

@@ -74,7 +74,7 @@ pub(super) struct StateId(u16);
 pub(super) struct Sums {
     /// Code length, 1/256 bit.
     pub(super) cost: u32,
-    /// Sum of 2^(c/4), in 1/256.
+    /// Sum of (c/2)^4 over the costs c in bits.
     pub(super) peak_sum: u32,
     /// The fields that end in it, if any does.
     pub(super) ended: Option<Ended>,
