@@ -39,7 +39,7 @@ impl Root {
 
     /// Runs `work` with the plugin. Streams do not run meanwhile, so it is free.
     fn with(&mut self, work: impl FnOnce(&mut Plugin, &mut Proxy)) {
-        let mut proxy = Proxy { metrics: Rc::clone(&self.metrics) };
+        let mut proxy = Proxy::new(Rc::clone(&self.metrics));
         if let Some(mut plugin) = self.plugin.as_ref().and_then(|plugin| plugin.try_borrow_mut().ok()) {
             work(&mut plugin, &mut proxy);
         }
@@ -91,7 +91,7 @@ impl Root {
         let passing = Passing {
             plugin: self.plugin.clone(),
             exchange: Exchange::default(),
-            host: Proxy { metrics: Rc::clone(&self.metrics) },
+            host: Proxy::new(Rc::clone(&self.metrics)),
             held_bytes: [0; 2],
         };
         Stream { context_id, passing: Rc::new(RefCell::new(passing)), watchdog: Rc::clone(&self.watchdog) }
@@ -173,7 +173,9 @@ impl Stream {
         callback: impl FnOnce(&mut Exchange, &mut Plugin, &mut Proxy) -> Step,
     ) -> Step {
         let Ok(mut passing) = self.passing.try_borrow_mut() else { return Step::Forward };
+        passing.host.opens(Some(direction));
         let step = passing.with(Step::Forward, callback);
+        passing.host.opens(None);
         if step == Step::Hold {
             self.watchdog.watch(self.context_id, direction, Rc::downgrade(&self.passing));
         }

@@ -1,5 +1,6 @@
 //! The proxy behind the host calls, as `driftlock-inspect` wants it.
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 
 use driftlock_inspect::baselines::{Call, Services};
@@ -8,7 +9,7 @@ use driftlock_inspect::host::{
     Reply,
 };
 
-use crate::hostcall::{self, BufferType, MapType, MetricType};
+use crate::hostcall::{self, BufferType, Headers, MapType, MetricType};
 
 /// Ids of the metrics, by their enums; one that the host refused to define is absent.
 pub(crate) struct MetricIds {
@@ -42,7 +43,22 @@ impl MetricIds {
 
 /// The proxy of one stream.
 pub(crate) struct Proxy {
-    pub(crate) metrics: Rc<MetricIds>,
+    metrics: Rc<MetricIds>,
+    /// While a callback has a message's headers: they are read at once, by the first who asks for one.
+    open: Option<Direction>,
+    headers: OnceCell<Result<Headers, HostError>>,
+}
+
+impl Proxy {
+    pub(crate) fn new(metrics: Rc<MetricIds>) -> Self {
+        Self { metrics, open: None, headers: OnceCell::new() }
+    }
+
+    /// A callback that has these headers begins, or one ends that had some.
+    pub(crate) fn opens(&mut self, direction: Option<Direction>) {
+        self.open = direction;
+        self.headers.take();
+    }
 }
 
 fn headers_of(direction: Direction) -> MapType {
@@ -54,14 +70,20 @@ fn headers_of(direction: Direction) -> MapType {
 
 impl Host for Proxy {
     fn header(&self, direction: Direction, name: &str) -> Result<Option<Vec<u8>>, HostError> {
-        hostcall::header(headers_of(direction), name)
+        if self.open != Some(direction) {
+            return hostcall::header(headers_of(direction), name);
+        }
+        let headers = self.headers.get_or_init(|| Headers::of(headers_of(direction)));
+        headers.as_ref().map_err(|error| *error)?.get(name).map(|value| value.map(<[u8]>::to_vec))
     }
 
     fn set_header(&mut self, direction: Direction, name: &str, value: &str) -> Result<(), HostError> {
+        self.opens(None);
         hostcall::set_header(headers_of(direction), name, value)
     }
 
     fn remove_header(&mut self, direction: Direction, name: &str) -> Result<(), HostError> {
+        self.opens(None);
         hostcall::remove_header(headers_of(direction), name)
     }
 
