@@ -64,7 +64,7 @@ const BLOCKS_LEFT_ALONE: u32 = 1 << 13;
 /// Places for stretches, states, and marks of what came once. Powers of two.
 const STRETCHES: usize = 1 << 13;
 pub(super) const STATES: usize = 1 << 12;
-/// Places that a stretch may have.
+/// Places that a stretch and its mark may have.
 const WAYS: usize = 4;
 const MARKS: usize = 1 << 15;
 
@@ -282,8 +282,9 @@ struct Start {
 /// Stretches that were scored, and the states between them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Memo {
-    /// Upper hash bits of what came once.
-    marks: Vec<u16>,
+    /// Upper hash bits of what came once, newest first. Four a place, as two that shared one would push each other
+    /// out for ever.
+    marks: Vec<[u16; WAYS]>,
     known: Vec<Known>,
     /// The rest of each.
     seldom: Vec<Seldom>,
@@ -402,6 +403,12 @@ impl Stretch {
         Self { text: Text { bytes, len: len as u8, last, normalised }, hash: scatter(hash ^ hash >> 32) }
     }
 
+    /// Where its mark may be.
+    #[inline(always)]
+    fn marks(&self) -> usize {
+        self.hash as usize & (MARKS / WAYS - 1)
+    }
+
     #[inline(always)]
     fn mark(&self) -> u16 {
         // Never 0, and never another's complement.
@@ -484,24 +491,25 @@ impl Memo {
     #[inline(always)]
     pub(super) fn came_before(&mut self, stretch: &Stretch) -> bool {
         if self.marks.is_empty() {
-            self.marks = vec![0; MARKS];
+            self.marks = vec![[0; WAYS]; MARKS / WAYS];
         }
         let mark = stretch.mark();
-        match self.marks.get_mut(stretch.hash as usize & (MARKS - 1)) {
-            Some(known) if *known == mark => true,
-            Some(known) if *known == !mark => false,
-            Some(known) => {
-                *known = mark;
-                false
-            }
-            None => false,
+        let Some(marks) = self.marks.get_mut(stretch.marks()) else { return false };
+        if marks.contains(&mark) {
+            return true;
         }
+        if !marks.contains(&!mark) {
+            let [first, second, third, _] = *marks;
+            *marks = [mark, first, second, third];
+        }
+        false
     }
 
     /// The stretch cannot be kept.
     pub(super) fn give_up(&mut self, stretch: &Stretch) {
-        if let Some(mark) = self.marks.get_mut(stretch.hash as usize & (MARKS - 1)) {
-            *mark = !stretch.mark();
+        let (mark, marks) = (stretch.mark(), self.marks.get_mut(stretch.marks()));
+        if let Some(place) = marks.and_then(|marks| marks.iter_mut().find(|place| **place == mark)) {
+            *place = !mark;
         }
     }
 
