@@ -45,12 +45,12 @@ const SHORTEST_TEXT: usize = 44;
 
 /// What leaving the plain way for a stretch costs, in bytes of text that could have been scored.
 const DETOUR: i32 = 48;
-/// So much more was lost than won before a model's texts are left alone, for so many bytes. What is learned is lost
-/// before it can win: text that takes turns with much other text has to be learned whole.
-const MOST_LOST: i32 = 1 << 14;
+/// So much more was lost than won before a model's texts are left alone, for so many bytes.
+const MOST_LOSS: i32 = 1 << 12;
 const LEFT_ALONE: u32 = 1 << 20;
-/// No more than this is won against later losses.
-const MOST_WON: i32 = 1 << 12;
+/// What they have won already when they are looked at again. What is learned is lost until it comes a third time: text
+/// that takes turns with much other text has to be learned whole before it wins.
+const ADVANCE: i32 = 3 * MOST_LOSS;
 /// How many models' gains are told apart.
 const ACCOUNTS: usize = 16;
 
@@ -455,11 +455,11 @@ impl Memo {
     #[inline(always)]
     pub(super) fn account(&mut self, model: u64, known: usize, detours: i32) {
         let Some(gain) = self.gains.get_mut(model as usize & (ACCOUNTS - 1)) else { return };
-        let known = i32::try_from(known).unwrap_or(MOST_WON);
-        gain.won =
-            gain.won.saturating_add(known).saturating_sub(detours.saturating_mul(DETOUR)).min(MOST_WON);
-        if gain.won < -MOST_LOST {
-            *gain = Gain { won: 0, left_alone: LEFT_ALONE };
+        let known = i32::try_from(known).unwrap_or(MOST_LOSS);
+        let most = gain.won.max(MOST_LOSS);
+        gain.won = gain.won.saturating_add(known).saturating_sub(detours.saturating_mul(DETOUR)).min(most);
+        if gain.won < -MOST_LOSS {
+            *gain = Gain { won: ADVANCE, left_alone: LEFT_ALONE };
         }
     }
 
@@ -483,7 +483,7 @@ impl Memo {
     pub(super) fn account_block(&mut self, model: u64, known: Option<usize>) {
         let won = known.map_or(-BLOCK_KEPT, |len| BLOCK_KNOWN + len as i32 / 4);
         if let Some(gain) = self.block_gains.get_mut(model as usize & (ACCOUNTS - 1)) {
-            gain.won = gain.won.saturating_add(won).min(MOST_WON);
+            gain.won = gain.won.saturating_add(won).min(MOST_LOSS);
         }
     }
 
