@@ -9,7 +9,7 @@
 //! Left out on purpose: every call that the filter does not make.
 
 use driftlock_inspect::baselines::Call;
-use driftlock_inspect::host::HostError;
+use driftlock_inspect::host::{HeaderMap, HostError};
 
 /// `proxy_map_type_t`.
 #[derive(Clone, Copy)]
@@ -173,43 +173,12 @@ pub(crate) fn header(map: MapType, name: &str) -> Result<Option<Vec<u8>>, HostEr
     }
 }
 
-/// All headers of a map, as the host serialised them.
-pub(crate) struct Headers(Vec<u8>);
-
-impl Headers {
-    /// One call instead of one for each header, of which each calls back for memory.
-    pub(crate) fn of(map: MapType) -> Result<Self, HostError> {
-        let (mut data, mut size) = (core::ptr::null_mut(), 0);
-        // SAFETY: both out-pointers are live locals of the right type.
-        checked(unsafe { proxy_get_header_map_pairs(map as u32, &mut data, &mut size) })?;
-        Ok(Self(owned(data, size)))
-    }
-
-    /// The first value of that name, as a host answers that is asked for it. An error if the map is not one.
-    pub(crate) fn get(&self, name: &str) -> Result<Option<&[u8]>, HostError> {
-        let number = |at: usize| -> Option<usize> {
-            let bytes = self.0.get(at..at.checked_add(4)?)?.try_into().ok()?;
-            usize::try_from(u32::from_le_bytes(bytes)).ok()
-        };
-        let read = || -> Option<Option<&[u8]>> {
-            let count = number(0)?;
-            // Count and sizes, then each name and value with a NUL.
-            let mut at = count.checked_mul(8)?.checked_add(4)?;
-            for pair in 0..count {
-                let (key_size, value_size) = (number(4 + pair * 8)?, number(8 + pair * 8)?);
-                let value_at = at.checked_add(key_size)?.checked_add(1)?;
-                let end = value_at.checked_add(value_size)?;
-                if key_size == name.len()
-                    && self.0.get(at..value_at - 1)?.eq_ignore_ascii_case(name.as_bytes())
-                {
-                    return self.0.get(value_at..end).map(Some);
-                }
-                at = end.checked_add(1)?;
-            }
-            Some(None)
-        };
-        read().ok_or(BAD_ARGUMENT)
-    }
+/// All headers of a map: one call instead of one for each, of which each calls back for memory.
+pub(crate) fn headers(map: MapType) -> Result<HeaderMap, HostError> {
+    let (mut data, mut size) = (core::ptr::null_mut(), 0);
+    // SAFETY: both out-pointers are live locals of the right type.
+    checked(unsafe { proxy_get_header_map_pairs(map as u32, &mut data, &mut size) })?;
+    Ok(HeaderMap::new(owned(data, size)))
 }
 
 pub(crate) fn set_header(map: MapType, name: &str, value: &str) -> Result<(), HostError> {

@@ -5,11 +5,11 @@ use std::rc::Rc;
 
 use driftlock_inspect::baselines::{Call, Services};
 use driftlock_inspect::host::{
-    Direction, GAUGE_NAMES, Gauge, HISTOGRAM_NAMES, Histogram, Host, HostError, Level, METRIC_NAMES, Metric,
-    Reply,
+    Direction, GAUGE_NAMES, Gauge, HISTOGRAM_NAMES, HeaderMap, Histogram, Host, HostError, Level,
+    METRIC_NAMES, Metric, Reply,
 };
 
-use crate::hostcall::{self, BufferType, Headers, MapType, MetricType};
+use crate::hostcall::{self, BufferType, MapType, MetricType};
 
 /// Ids of the metrics, by their enums; one that the host refused to define is absent.
 pub(crate) struct MetricIds {
@@ -46,7 +46,7 @@ pub(crate) struct Proxy {
     metrics: Rc<MetricIds>,
     /// While a callback has a message's headers: they are read at once, by the first who asks for one.
     open: Option<Direction>,
-    headers: OnceCell<Result<Headers, HostError>>,
+    headers: OnceCell<Result<HeaderMap, HostError>>,
 }
 
 impl Proxy {
@@ -73,8 +73,9 @@ impl Host for Proxy {
         if self.open != Some(direction) {
             return hostcall::header(headers_of(direction), name);
         }
-        let headers = self.headers.get_or_init(|| Headers::of(headers_of(direction)));
-        headers.as_ref().map_err(|error| *error)?.get(name).map(|value| value.map(<[u8]>::to_vec))
+        let headers = self.headers.get_or_init(|| hostcall::headers(headers_of(direction)));
+        let value = headers.as_ref().map_err(|error| *error)?.first(name);
+        value.map(|value| value.map(<[u8]>::to_vec)).ok_or(hostcall::BAD_ARGUMENT)
     }
 
     fn set_header(&mut self, direction: Direction, name: &str, value: &str) -> Result<(), HostError> {

@@ -36,6 +36,42 @@ impl Direction {
 #[error("the proxy refused the call with status {0}")]
 pub struct HostError(pub u32);
 
+/// The headers of a message as proxy-wasm serialises them: u32 count, then for each u32 size of name and value, then
+/// each name and value with a NUL behind it, all numbers little-endian (ABI 0.2.1, `proxy_get_header_map_pairs`).
+#[derive(Clone, Debug)]
+pub struct HeaderMap(Vec<u8>);
+
+impl HeaderMap {
+    /// Of what a host handed over. It is read when it is asked for something.
+    pub fn new(serialised: Vec<u8>) -> Self {
+        Self(serialised)
+    }
+
+    /// The first value of that name, whatever its case, or that there is none; nothing if this is no map as far as
+    /// it was read.
+    pub fn first(&self, name: &str) -> Option<Option<&[u8]>> {
+        let number = |at: usize| -> Option<usize> {
+            let bytes = self.0.get(at..at.checked_add(4)?)?.try_into().ok()?;
+            usize::try_from(u32::from_le_bytes(bytes)).ok()
+        };
+        let count = number(0)?;
+        let mut at = count.checked_mul(8)?.checked_add(4)?;
+        for pair in 0..count {
+            let (name_size, value_size) = (number(4 + pair * 8)?, number(8 + pair * 8)?);
+            let name_end = at.checked_add(name_size)?;
+            let value_at = name_end.checked_add(1)?;
+            let value_end = value_at.checked_add(value_size)?;
+            let found = self.0.get(at..name_end)?.eq_ignore_ascii_case(name.as_bytes());
+            let value = self.0.get(value_at..value_end)?;
+            if found {
+                return Some(Some(value));
+            }
+            at = value_end.checked_add(1)?;
+        }
+        Some(None)
+    }
+}
+
 /// Severity of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
@@ -112,5 +148,57 @@ pub trait Host {
     /// A message was judged. For hosts that want more of the verdict than its JSON, such as its sentences.
     fn judged(&mut self, direction: Direction, verdict: &Verdict) {
         let _ = (direction, verdict);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::String;
+    use proptest::prelude::*;
+
+    /// As the ABI says.
+    fn serialised(pairs: &[(String, Vec<u8>)]) -> Vec<u8> {
+        let mut out = (pairs.len() as u32).to_le_bytes().to_vec();
+        for (name, value) in pairs {
+            out.extend((name.len() as u32).to_le_bytes());
+            out.extend((value.len() as u32).to_le_bytes());
+        }
+        for (name, value) in pairs {
+            out.extend(name.bytes().chain([0]));
+            out.extend(value.iter().copied().chain([0]));
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_value_of_a_name_is_found(
+            pairs in prop::collection::vec(("[a-cA-C:-]{0,3}", prop::collection::vec(any::<u8>(), 0..5)), 0..8),
+            name in "[a-c:-]{0,3}",
+        ) {
+            let map = HeaderMap::new(serialised(&pairs));
+            let first = pairs.iter().find(|(of, _)| of.eq_ignore_ascii_case(&name));
+            prop_assert_eq!(map.first(&name), Some(first.map(|(_, value)| value.as_slice())));
+        }
+
+        #[test]
+        fn what_is_no_map_is_said_to_be_none(
+            pairs in prop::collection::vec(("[a-c]{1,3}", prop::collection::vec(any::<u8>(), 0..5)), 1..8),
+            cut in any::<prop::sample::Index>(), noise in prop::collection::vec(any::<u8>(), 0..64),
+        ) {
+            let mut bytes = serialised(&pairs);
+            // But for the last NUL, which nothing needs.
+            bytes.truncate(cut.index(bytes.len() - 1));
+            prop_assert!(HeaderMap::new(bytes).first("x-other").is_none());
+            let _ = HeaderMap::new(noise).first("x-other");
+        }
+
+        #[test]
+        fn sizes_that_lie_are_no_map(count in any::<u32>(), sizes in any::<[u32; 2]>()) {
+            prop_assume!(count > 0);
+            let bytes = [count, sizes[0], sizes[1]].map(u32::to_le_bytes).concat();
+            prop_assert!(HeaderMap::new(bytes).first("a").is_none());
+        }
     }
 }
