@@ -151,7 +151,8 @@ impl Verdict {
             out.push(format!("Its unit {unit} #{index} is of a kind that the baseline has never seen."));
             return out;
         };
-        if let Some(bits) = scores.statistic {
+        if scores.statistic.is_some() {
+            let bits = scores.surprise_bits.of(scores.view);
             let why = match scores.view {
                 "total" => "its text as a whole costs more than normal text of its length".to_owned(),
                 "peak" => "a few of its bytes are very unlike what stands there normally".to_owned(),
@@ -230,6 +231,19 @@ pub struct SurpriseBits {
     pub new_pairs: f64,
     /// New words.
     pub new_words: f64,
+}
+
+impl SurpriseBits {
+    /// Of the view with this name, see [`View::as_str`].
+    fn of(&self, view: &str) -> f64 {
+        match view {
+            "total" => self.total,
+            "peak" => self.peak,
+            "fields" => self.fields,
+            "new_pairs" => self.new_pairs,
+            _ => self.new_words,
+        }
+    }
 }
 
 /// Sums over a message.
@@ -460,5 +474,19 @@ mod tests {
         assert!(anomalous.contains("cost ") && anomalous.contains("user #0"), "{anomalous}");
         assert!(cut.contains("cut_short"), "{cut}");
         assert!(unseen.contains("tool #0 is of a kind that the baseline has never seen"), "{unseen}");
+        // The view's own surprise, not the statistic, which has the words' too.
+        let mut views = 0;
+        for (verdict, said) in verdicts().iter().zip(&said) {
+            let scores = serde_json::to_value(verdict.scores).unwrap();
+            if let (Some(view), Some(_)) = (scores["view"].as_str(), verdict.scores.and_then(|s| s.statistic))
+            {
+                assert!(
+                    said.contains(&format!("({} bits of surprise)", scores["surprise_bits"][view])),
+                    "{said}"
+                );
+                views += 1;
+            }
+        }
+        assert_eq!(views, 3);
     }
 }

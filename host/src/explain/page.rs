@@ -186,7 +186,7 @@ fn histogram(out: &mut String, sorted: &[i64], statistic: f64) {
          <text x=\"{x:.1}\" y=\"{}\" text-anchor=\"{anchor}\" fill=\"#b3261e\" font-size=\"13\">this message: {statistic:.2}</text>\
          <text x=\"0\" y=\"{}\" fill=\"currentColor\" font-size=\"12\">{low:.2}</text>\
          <text x=\"{WIDTH}\" y=\"{}\" text-anchor=\"end\" fill=\"currentColor\" font-size=\"12\">{high:.2}</text></svg>\n\
-         <p class=\"quiet\">Statistic: bits of surprise of the message's strangest unit in its strangest view. Bars are drawn by the root of their counts.</p>\n",
+         <p class=\"quiet\">Statistic: of the message's strangest unit, the bits of surprise of its strangest view and a quarter of those of its words. Bars are drawn by the root of their counts.</p>\n",
         HEIGHT + 15.0,
         HEIGHT + 30.0,
         HEIGHT + 30.0,

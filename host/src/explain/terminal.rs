@@ -61,12 +61,13 @@ pub fn render(
         }
         let scores = &verdict["scores"];
         if scores.is_object() {
+            let view = scores["view"].as_str().unwrap_or_default();
             out += &format!(
-                "  scores    of the {} unit: {} bits/byte where {} is expected; strangest by its {}: {} bits of surprise; largest excess {} bits\n",
+                "  scores    of the {} unit: {} bits/byte where {} is expected; strangest by its {view}: {} bits of surprise; statistic {}; largest excess {} bits\n",
                 verdict["unit"].as_str().unwrap_or_default(),
                 scores["mean_bits"],
                 scores["expected_mean_bits"],
-                scores["view"].as_str().unwrap_or_default(),
+                scores["surprise_bits"][view],
                 scores["statistic"],
                 scores["max_excess_bits"],
             );
