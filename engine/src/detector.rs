@@ -21,7 +21,7 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use crate::ENGINE_VERSION;
@@ -174,19 +174,30 @@ pub struct Message {
 #[derive(Debug)]
 enum Mode {
     Learn { units: Vec<(UnitId, Vec<u8>)>, bytes: usize },
-    Score { baseline: Arc<StreamBaseline>, open: Vec<OpenUnit>, done: Finished },
+    /// `before`: the units that ended before [`Message::part`].
+    Score { baseline: Arc<StreamBaseline>, before: Finished, open: Vec<OpenUnit>, done: Finished },
     Ignore,
+}
+
+/// What a part of a message came to, as far as it had been read; see [`Message::save`].
+#[derive(Clone, Debug)]
+pub struct SavedPart {
+    /// Whose scores these are. A baseline that nobody uses any more is not kept alive.
+    baseline: Weak<StreamBaseline>,
+    open: Vec<OpenUnit>,
+    done: Finished,
+    skipped_bytes: u64,
 }
 
 impl Mode {
     fn scoring(baseline: &Arc<StreamBaseline>) -> Self {
         // Most messages have a target and a body.
         let done = Finished { strangest: Vec::with_capacity(2), ..Finished::default() };
-        Self::Score { baseline: Arc::clone(baseline), open: Vec::new(), done }
+        Self::Score { baseline: Arc::clone(baseline), before: Finished::default(), open: Vec::new(), done }
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct OpenUnit {
     id: UnitId,
     /// The kind's place in the baseline; none for a kind that training never saw.
@@ -196,7 +207,7 @@ struct OpenUnit {
 }
 
 /// Units that have ended: sums over all, details of the strangest.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Finished {
     units: u32,
     bytes: u64,
@@ -343,8 +354,9 @@ impl Detector {
                     verdict.reason = Some(self.learn(&verdict.stream, units));
                 }
             }
-            Mode::Score { baseline, open, mut done } => {
+            Mode::Score { baseline, before, open, mut done } => {
                 open.into_iter().for_each(|unit| done.add(unit, &baseline, &mut self.scratch));
+                let done = before.followed_by(done);
                 verdict.metrics = Metrics::new(done.bytes, done.cost, skipped_bytes, done.units);
                 done.describe(&baseline, &mut verdict);
                 let statistic = done.strangest.first().map_or(i64::MIN, |unit| unit.statistic);
@@ -385,11 +397,12 @@ impl Detector {
     /// so, and the largest statistic only grows. Units under way are not looked at: the beginning of a normal
     /// text can be stranger than the whole. It changes nothing.
     pub fn stands_out(&self, message: &Message) -> bool {
-        let Mode::Score { baseline, done, .. } = &message.mode else { return false };
+        let Mode::Score { baseline, before, done, .. } = &message.mode else { return false };
         let calibration = baseline.calibration();
-        match done.strangest.first() {
-            Some(unit) if !calibration.statistics().is_empty() => {
-                calibration.p_value(unit.statistic).at_most(self.settings.alpha_ppm)
+        let units = before.strangest.first().into_iter().chain(done.strangest.first());
+        match units.map(|unit| unit.statistic).max() {
+            Some(statistic) if !calibration.statistics().is_empty() => {
+                calibration.p_value(statistic).at_most(self.settings.alpha_ppm)
             }
             _ => false,
         }
@@ -528,7 +541,7 @@ impl Message {
 
     /// A unit is complete. Units not ended are complete when the message is.
     pub fn end_unit(&mut self, id: UnitId, scratch: &mut Scratch) {
-        if let Mode::Score { baseline, open, done } = &mut self.mode
+        if let Mode::Score { baseline, open, done, .. } = &mut self.mode
             && let Some(at) = open.iter().position(|unit| unit.id == id)
         {
             let unit = open.remove(at);
@@ -545,7 +558,7 @@ impl Message {
         max_unit_bytes: usize,
         scratch: &mut Scratch,
     ) {
-        if let Mode::Score { baseline, open, done } = &mut self.mode
+        if let Mode::Score { baseline, open, done, .. } = &mut self.mode
             && open.len() < MAX_OPEN_UNITS
             && open.iter().all(|unit| unit.id != id)
         {
@@ -564,9 +577,79 @@ impl Message {
     pub fn skip(&mut self, bytes: u64) {
         self.skipped_bytes = self.skipped_bytes.saturating_add(bytes);
     }
+
+    /// A part of the message begins, such as its body: what is read from here on can be [saved](Self::save). Says
+    /// whether it can: a message that is scored, none of whose units is under way.
+    pub fn part(&mut self) -> bool {
+        let Mode::Score { before, open, done, .. } = &mut self.mode else { return false };
+        let can = open.is_empty() && self.skipped_bytes == 0;
+        if can {
+            *before = core::mem::take(before).followed_by(core::mem::take(done));
+        }
+        can
+    }
+
+    /// What was read since [`Self::part`], for a later message whose part begins with the same bytes. Some 4 KiB a
+    /// unit under way.
+    pub fn save(&self) -> Option<SavedPart> {
+        let Mode::Score { baseline, open, done, .. } = &self.mode else { return None };
+        Some(SavedPart {
+            baseline: Arc::downgrade(baseline),
+            open: open.clone(),
+            done: done.clone(),
+            skipped_bytes: self.skipped_bytes,
+        })
+    }
+
+    /// Takes up what was saved, in the place of reading the same bytes; only if nothing was read since
+    /// [`Self::part`] and the baseline is the same. Says whether it did.
+    pub fn resume(&mut self, saved: &SavedPart) -> bool {
+        let Mode::Score { baseline, open, done, .. } = &mut self.mode else { return false };
+        let fresh = open.is_empty() && done.units == 0 && self.skipped_bytes == 0;
+        let resumed = fresh && saved.baseline.as_ptr() == Arc::as_ptr(baseline);
+        if resumed {
+            (*open, *done) = (saved.open.clone(), saved.done.clone());
+            self.skipped_bytes = saved.skipped_bytes;
+        }
+        resumed
+    }
+}
+
+impl SavedPart {
+    /// Whether the message could [resume](Message::resume) it, were nothing of it read.
+    pub fn is_of(&self, message: &Message) -> bool {
+        matches!(&message.mode, Mode::Score { baseline, .. } if self.baseline.as_ptr() == Arc::as_ptr(baseline))
+    }
+
+    /// Memory that it takes, about.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + self.open.len() * (size_of::<OpenUnit>() + size_of::<UnitScorer>())
+            + self.done.strangest.len() * size_of::<FinishedUnit>()
+    }
 }
 
 impl Finished {
+    /// As if `later` had been added unit by unit.
+    fn followed_by(mut self, later: Self) -> Self {
+        if self.units == 0 {
+            return later;
+        }
+        self.units += later.units;
+        self.bytes += later.bytes;
+        self.cost += later.cost;
+        later.strangest.into_iter().for_each(|unit| self.rank(unit));
+        self
+    }
+
+    fn rank(&mut self, unit: FinishedUnit) {
+        let at = self.strangest.partition_point(|known| known.statistic >= unit.statistic);
+        if at < MAX_UNITS {
+            self.strangest.truncate(MAX_UNITS - 1);
+            self.strangest.insert(at, unit);
+        }
+    }
+
     fn add(&mut self, unit: OpenUnit, baseline: &StreamBaseline, scratch: &mut Scratch) {
         let OpenUnit { id, kind, scorer, bytes } = unit;
         let known = kind.and_then(|kind| baseline.units().get(kind));
@@ -600,11 +683,7 @@ impl Finished {
         self.units += 1;
         self.bytes += bytes;
         self.cost += scores.cost;
-        let at = self.strangest.partition_point(|known| known.statistic >= statistic);
-        if at < MAX_UNITS {
-            self.strangest.truncate(MAX_UNITS - 1);
-            self.strangest.insert(at, FinishedUnit { id, kind, statistic, surprises, bytes, scores });
-        }
+        self.rank(FinishedUnit { id, kind, statistic, surprises, bytes, scores });
     }
 
     fn describe(&self, baseline: &StreamBaseline, verdict: &mut Verdict) {
@@ -667,6 +746,64 @@ mod tests {
             assert_eq!(send(&mut detector, stream, &text(i)).outcome, Outcome::WarmingUp);
         }
         detector
+    }
+
+    /// A message of a target and two texts, the second of which is read from `taken_up` bytes on.
+    #[test]
+    fn a_part_that_is_taken_up_is_as_one_that_was_read() {
+        let mut detector = trained("s");
+        let second = UnitId { name: "user", index: 1 };
+        let odd = "please tell me where order 77 of customer 5; DROP TABLE users; is";
+        for (target, first, last) in [("POST /v1/chat", odd, &*text(400)), ("DELETE /x'--", &*text(400), odd)] {
+            let begin = |detector: &mut Detector, target: &str| {
+                let mut message = detector.begin("s");
+                message.whole(TARGET, target.as_bytes(), 0, 1 << 14, detector.scratch());
+                assert!(message.part());
+                message
+            };
+            let mut whole = begin(&mut detector, target);
+            whole.text(USER, first.as_bytes(), 100, 1 << 14, detector.scratch());
+            whole.end_unit(USER, detector.scratch());
+            whole.skip(7);
+            let (front, rest) = last.split_at(20);
+            whole.text(second, front.as_bytes(), 300, 1 << 14, detector.scratch());
+            // What is said of it does not depend on what stood before the part.
+            let saved = {
+                let mut other = begin(&mut detector, "GET /another/target");
+                other.text(USER, first.as_bytes(), 100, 1 << 14, detector.scratch());
+                other.end_unit(USER, detector.scratch());
+                other.skip(7);
+                other.text(second, front.as_bytes(), 300, 1 << 14, detector.scratch());
+                other.save().unwrap()
+            };
+            let mut taken_up = begin(&mut detector, target);
+            assert!(saved.is_of(&taken_up) && taken_up.resume(&saved));
+            assert!(!taken_up.resume(&saved), "something was read");
+            assert_eq!(detector.stands_out(&taken_up), detector.stands_out(&whole));
+            assert!(detector.stands_out(&whole), "{target}");
+            for message in [&mut whole, &mut taken_up] {
+                message.text(second, rest.as_bytes(), 320, 1 << 14, detector.scratch());
+            }
+            assert_eq!(detector.finish(taken_up, None), detector.finish(whole, None));
+        }
+    }
+
+    #[test]
+    fn a_part_is_taken_up_under_its_own_baseline_only() {
+        let (mut mine, mut other) = (trained("s"), trained("s"));
+        let mut message = mine.begin("s");
+        assert!(message.part());
+        message.text(USER, b"please", 0, 1 << 14, mine.scratch());
+        assert!(!message.part(), "a unit is under way");
+        let saved = message.save().unwrap();
+        let mut same = mine.begin("s");
+        assert!(same.part() && saved.is_of(&same) && same.resume(&saved));
+        let mut message = other.begin("s");
+        assert!(message.part() && !saved.is_of(&message) && !message.resume(&saved));
+        // One that learns, and one that is not looked at, have nothing to take up.
+        for mut message in [other.begin("new"), other.ignore("s")] {
+            assert!(!message.part() && message.save().is_none() && !message.resume(&saved));
+        }
     }
 
     #[test]

@@ -339,6 +339,21 @@ enum After {
     Answer { json: bool },
 }
 
+/// The parser of a request's body where it stood between two bytes; see [`BodyParser::save`].
+#[derive(Clone, Debug)]
+pub(crate) struct SavedParser {
+    style: ApiStyle,
+    reader: Box<Reader>,
+    summary: Summary,
+}
+
+impl SavedParser {
+    /// Memory that it takes, about.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Self>() + self.reader.bytes()
+    }
+}
+
 /// Reads one body. Make one per direction of an exchange.
 #[derive(Debug)]
 pub struct BodyParser {
@@ -443,6 +458,32 @@ impl BodyParser {
         };
         let leading = matches!(parser, Parser::Documents(_) | Parser::Json(_) | Parser::Unknown(_));
         Self { style, framing, request, parser, leading, summary: Summary::default(), finished: false }
+    }
+
+    /// Whether nothing was read yet of a body that may be a document of a known API in a request.
+    pub(crate) fn may_resume(&self) -> bool {
+        self.request
+            && self.summary.body_bytes == 0
+            && match &self.parser {
+                Parser::Documents(reader) => !reader.is_self_framed(),
+                Parser::Unknown(_) => true,
+                _ => false,
+            }
+    }
+
+    /// Where it stands, in a document of a known API.
+    pub(crate) fn save(&self) -> Option<SavedParser> {
+        let Parser::Documents(reader) = &self.parser else { return None };
+        let inside = !self.leading && !self.finished;
+        inside.then(|| SavedParser { style: self.style, reader: reader.clone(), summary: self.summary })
+    }
+
+    /// Takes up what was [saved](Self::save), in the place of reading the same bytes with a parser that was made
+    /// alike and [may](Self::may_resume).
+    pub(crate) fn resume(&mut self, saved: &SavedParser) {
+        let SavedParser { style, reader, summary } = saved;
+        (self.style, self.summary, self.leading) = (*style, *summary, false);
+        self.parser = Parser::Documents(reader.clone());
     }
 
     /// How this body is read. Where path and content-type did not tell, the body may while it is read.

@@ -34,7 +34,7 @@ pub(crate) struct Value {
     pub(crate) end: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Event {
     bytes: Vec<u8>,
     values: Vec<Value>,
@@ -84,7 +84,7 @@ fn same_but_for_blanks(a: &[u8], b: &[u8]) -> bool {
 }
 
 /// Collects the envelope of one message and gives it to the sink.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Envelope {
     /// Events are compared; otherwise bytes go straight to the sink.
     by_event: bool,

@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use driftlock_inspect::config::Config;
 use driftlock_inspect::host::{Direction, Gauge, Histogram, Host, HostError, Level, Metric, Reply};
 use driftlock_inspect::session::{Exchange, Plugin, REQUEST_VERDICT_HEADER, Step, filter_state};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::OnceLock;
 
@@ -565,6 +566,143 @@ fn text_is_kept_to_be_looked_up_unless_it_must_not_be() {
     let (reused, anew) = (known(json!({})), known(json!({"reuse_scores": false})));
     assert_eq!(reused.0, anew.0);
     assert!(reused.1 > 0 && anew.1 == 0, "{} and {}", reused.1, anew.1);
+}
+
+/// A request's body in these pieces, of which the proxy fails to give one; its verdict.
+fn ask_in_pieces(plugin: &mut Plugin, host: &mut Scripted, body: &[u8], cuts: &[usize], lost: usize) -> Value {
+    let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (body.len() + 1)).chain([0, body.len()]).collect();
+    cuts.sort_unstable();
+    let mut exchange = Exchange::default();
+    exchange.request_headers(plugin, host, false);
+    for (i, pair) in cuts.windows(2).enumerate() {
+        let chunk = if i == lost { Err(REFUSED) } else { Ok(&body[pair[0]..pair[1]]) };
+        exchange.request_body(plugin, host, chunk, i + 2 == cuts.len());
+    }
+    exchange.done(plugin, host);
+    host.verdict("request").unwrap()
+}
+
+/// What a conversation does next, and how its body comes.
+#[derive(Clone, Debug)]
+struct Turn {
+    /// Which of the conversations.
+    of: usize,
+    /// Takes back so many messages first, and says these words, some of them several times.
+    back: usize,
+    said: Vec<(usize, usize)>,
+    /// How the body begins and ends, and whether it breaks off or has an odd byte at a share of its length.
+    style: usize,
+    broken: Option<(usize, bool)>,
+    gzip: bool,
+    cuts: Vec<usize>,
+    lost: usize,
+}
+
+fn turn() -> impl Strategy<Value = Turn> {
+    let said = prop::collection::vec((0usize..8, 1usize..90), 0..5);
+    let broken = prop_oneof![5 => Just(None), 1 => (0usize..1000, any::<bool>()).prop_map(Some)];
+    let cuts = prop_oneof![
+        Just(Vec::new()),
+        prop::collection::vec(0usize..20_000, 1..6),
+        (1usize..1500).prop_map(|step| (0..20_000).step_by(step).collect()),
+    ];
+    let back = prop_oneof![3 => Just(0), 1 => 1usize..4];
+    let lost = prop_oneof![12 => Just(usize::MAX), 1 => 0usize..3];
+    let gzip = prop_oneof![4 => Just(false), 1 => Just(true)];
+    (0usize..3, back, said, 0usize..4, broken, gzip, cuts, lost).prop_map(
+        |(of, back, said, style, broken, gzip, cuts, lost)| Turn {
+            of,
+            back,
+            said,
+            style,
+            broken,
+            gzip,
+            cuts,
+            lost,
+        },
+    )
+}
+
+impl Turn {
+    /// The body with which this conversation goes on.
+    fn body(&self, messages: &mut Vec<String>) -> Vec<u8> {
+        const WORDS: [&str; 8] =
+            ["Where is order ", "now? ", "\n", "\"quoted\" ", "\u{e9}t\u{e9} ", "' OR 1=1 -- ", "4242 ", "data:,"];
+        messages.truncate(messages.len().saturating_sub(self.back));
+        let text: String = self.said.iter().map(|&(word, times)| WORDS[word].repeat(times)).collect();
+        let role = ["user", "assistant", "system", "tool"][messages.len() % 4];
+        let text = json!(text);
+        messages.push(match self.style {
+            // The role comes behind what it decides about.
+            3 => format!("{{\"content\":{text},\"role\":\"{role}\"}}"),
+            _ => format!("{{\"role\":\"{role}\",\"content\":{text}}}"),
+        });
+        let all = format!("[{}]", messages.join(","));
+        let tools = "lookup of an order by its number; ".repeat(30);
+        let mut body = match self.style {
+            0 => format!("{{\"model\":\"m\",\"messages\":{all}}}"),
+            1 => format!("  {{\"messages\":{all},\"model\":\"m\",\"tools\":[\"{tools}\"]}}"),
+            2 => format!("{{\"tools\":[\"{tools}\"],\"messages\":{all},\"model\":\"m\"}}"),
+            _ => format!("{{\"messages\":{all}}}"),
+        }
+        .into_bytes();
+        if let Some((share, cut)) = self.broken {
+            let at = body.len() * share / 1000;
+            if cut { body.truncate(at) } else { body[at] = b'}' }
+        }
+        body
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+    /// Conversations that go on, go back and share their beginnings, in any pieces: what is taken up in the place of
+    /// reading it changes nothing.
+    #[test]
+    fn a_request_that_begins_as_others_did_gets_the_verdict_of_one_read_whole(
+        turns in prop::collection::vec(turn(), 1..24),
+    ) {
+        let (mut reused, mut anew) = (configured(json!({})), configured(json!({"reuse_scores": false})));
+        let mut conversations = [const { Vec::new() }; 3];
+        for turn in turns {
+            let mut body = turn.body(&mut conversations[turn.of]);
+            let mut request = vec![(":method", "POST"), (":path", "/v1/chat/completions"), ("content-type", "application/json")];
+            if turn.style == 2 {
+                // Found out by its first keys.
+                request[1].1 = "/llm";
+            }
+            if turn.gzip {
+                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                std::io::Write::write_all(&mut encoder, &body).unwrap();
+                body = encoder.finish().unwrap();
+                request.push(("content-encoding", "gzip"));
+            }
+            let [taken_up, read] = [&mut reused, &mut anew]
+                .map(|plugin| ask_in_pieces(plugin, &mut Scripted::new(&request, &[]), &body, &turn.cuts, turn.lost));
+            prop_assert_eq!(taken_up, read);
+        }
+        prop_assert_eq!(anew.taken_up_bytes(), 0);
+    }
+}
+
+/// What a conversation costs grows with what is new in it, however its bodies come.
+#[test]
+fn a_conversation_is_read_from_its_last_turn() {
+    for piece in [usize::MAX, 16 << 10, 1000, 300] {
+        let mut plugin = configured(json!({}));
+        let (mut messages, mut sent, mut last) = (Vec::new(), 0, 0);
+        for i in 0..60 {
+            let taken_up = plugin.taken_up_bytes();
+            messages.push(json!({"role": "user", "content": format!("Where is order {i} now? ").repeat(40)}));
+            let body = json!({"messages": messages, "model": "m"}).to_string().into_bytes();
+            let cuts: Vec<usize> = (0..body.len()).step_by(piece).collect();
+            ask_in_pieces(&mut plugin, &mut Scripted::chat(), &body, &cuts, usize::MAX);
+            (sent, last) = (body.len(), plugin.taken_up_bytes() - taken_up);
+        }
+        // All but the last two turns, of which one came once before, and what is left of a block.
+        assert!(sent as u64 - last < 3 * 1100 + 512, "{last} of {sent} bytes in pieces of {piece}");
+    }
 }
 
 #[test]

@@ -51,7 +51,7 @@ enum Active {
 }
 
 /// Everything known of the message but the tokenizer's state.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Document {
     schema: Schema,
     /// Documents end by themselves; the stream's framing does not say where.
@@ -418,7 +418,7 @@ impl Document {
 }
 
 /// Reads documents: one, several that follow one another, or the events of a stream one by one.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Reader {
     tokenizer: Tokenizer,
     pub(super) document: Document,
@@ -446,6 +446,11 @@ impl Reader {
 
     pub(super) fn is_self_framed(&self) -> bool {
         self.document.self_framed
+    }
+
+    /// Memory that it takes, about.
+    pub(super) fn bytes(&self) -> usize {
+        size_of::<Self>() + self.document.held.bytes.capacity()
     }
 
     /// Reads the next bytes. After an error the rest of the body is envelope, from the offending byte on.

@@ -11,6 +11,7 @@ use driftlock_engine::evidence::{Outcome, Verdict};
 use driftlock_engine::score::Scratch;
 
 use super::Plugin;
+use super::prefix::Trail;
 use crate::action::{Plan, SampleHash};
 use crate::content::{ApiStyle, BodyParser, ContentError, Framing, NotInspected, Role, Sink, Summary, Unit};
 use crate::decode::{Coding, DecodeError, Decoder};
@@ -24,6 +25,8 @@ pub(super) struct Inspection {
     /// Until it is judged.
     pub(super) message: Option<Message>,
     pub(super) parser: Option<BodyParser>,
+    /// How far its body agrees with earlier ones, where that is followed.
+    trail: Option<Box<Trail>>,
     /// Undoes the body's content codings, if it has any.
     pub(super) decoder: Option<Box<Decoder>>,
     pub(super) framing: Framing,
@@ -219,6 +222,7 @@ impl Inspection {
             direction,
             message: Some(plugin.detector.begin(&stream)),
             parser,
+            trail: None,
             decoder,
             framing,
             style: None,
@@ -329,17 +333,23 @@ impl Inspection {
             &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
         ) -> Result<(), DecodeError>,
     ) -> (Result<(), DecodeError>, bool) {
-        let Self { message, parser, decoder, body_bytes, rewriter, rewritten, unit_ended, .. } = self;
+        let Self { message, parser, trail, decoder, body_bytes, rewriter, rewritten, unit_ended, .. } = self;
         let Some(message) = message else { return (Ok(()), false) };
         if parser.is_none() && rewriter.is_none() {
             return (Ok(()), false);
         }
-        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
+        let Plugin { detector, prefixes, max_unit_bytes, max_body_bytes, .. } = plugin;
+        let mut feed = Feed::new(message, *max_unit_bytes, detector.scratch());
         let result = decode(decoder, &mut |piece| {
-            let inspected = first(piece, plugin.max_body_bytes.saturating_sub(*body_bytes));
+            let inspected = first(piece, max_body_bytes.saturating_sub(*body_bytes));
+            if let (Some(parser), 0) = (&parser, *body_bytes) {
+                *trail = prefixes.begin(feed.message, parser);
+            }
             *body_bytes = body_bytes.saturating_add(piece.len() as u64);
-            if let Some(parser) = parser {
-                parser.push(inspected, &mut feed);
+            match (&mut *parser, &mut *trail) {
+                (Some(parser), Some(trail)) => prefixes.read(trail, inspected, parser, &mut feed),
+                (Some(parser), None) => parser.push(inspected, &mut feed),
+                (None, _) => {}
             }
             if let Some(rewriter) = rewriter {
                 rewriter.push(piece, rewritten);
@@ -387,7 +397,11 @@ impl Inspection {
 
     fn end_parser(&mut self, plugin: &mut Plugin, cut_short: bool) -> Option<Summary> {
         let (parser, message) = (self.parser.as_mut()?, self.message.as_mut()?);
-        let mut feed = Feed::new(message, plugin.max_unit_bytes, plugin.detector.scratch());
+        let Plugin { detector, prefixes, max_unit_bytes, .. } = plugin;
+        let mut feed = Feed::new(message, *max_unit_bytes, detector.scratch());
+        if let Some(mut trail) = self.trail.take() {
+            prefixes.finish(&mut trail, parser, &mut feed);
+        }
         let result = parser.finish(&mut feed);
         let summary = parser.summary();
         self.style = Some(parser.style()).filter(|style| style.has_schema());

@@ -19,6 +19,7 @@
 
 mod act;
 mod inspection;
+mod prefix;
 mod report;
 
 use alloc::borrow::ToOwned;
@@ -40,6 +41,7 @@ use crate::host::{Direction, Host, HostError, Level, Metric};
 use crate::refusal::Dialect;
 use crate::rewrite::{Format, Rewriter};
 use inspection::{Defect, Feed, Hold, Inspection, Reading};
+use prefix::Prefixes;
 use report::{Gauges, Taken, Times, structured_field, tell};
 
 /// Filter-state keys, as the access log finds them behind `wasm.`.
@@ -79,6 +81,7 @@ pub struct Plugin {
     request_headers: Vec<String>,
     exclusions: Exclusions,
     detector: Detector,
+    prefixes: Prefixes,
     keeper: Keeper,
     gauges: Gauges,
 }
@@ -168,6 +171,7 @@ impl Plugin {
             request_headers: config.request_headers,
             exclusions: config.exclusions,
             detector,
+            prefixes: Prefixes::new(config.reuse_scores),
             keeper,
             gauges: Gauges::default(),
         }
@@ -210,6 +214,11 @@ impl Plugin {
     /// The same, to set a stream's plan.
     pub fn detector_mut(&mut self) -> &mut Detector {
         &mut self.detector
+    }
+
+    /// How many bytes of requests were not read, as their beginning came before.
+    pub fn taken_up_bytes(&self) -> u64 {
+        self.prefixes.taken_up_bytes()
     }
 
     /// The request headers that are judged, in the order of their ordinals.

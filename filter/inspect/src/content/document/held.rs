@@ -32,7 +32,7 @@ pub(super) struct Piece {
     pub(super) escape: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Held {
     pub(super) bytes: Vec<u8>,
     pub(super) pieces: Vec<Piece>,
@@ -71,7 +71,7 @@ impl Held {
 }
 
 /// Ordinals handed out per role; the last one is shared by all that come after.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Ordinals([u16; Role::COUNT]);
 
 impl Ordinals {
@@ -94,7 +94,7 @@ pub(super) struct StreamKey {
 }
 
 /// Units of a stream, open until its end.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct OpenUnits(pub(super) Vec<(StreamKey, Unit)>);
 
 impl OpenUnits {
