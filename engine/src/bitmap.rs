@@ -3,7 +3,7 @@
 //! What: `Block64` holds up to 64 bytes; its methods give one bit a byte, the first byte's lowest. Runs
 //! are then found by counting zeros, so nothing branches on the text byte by byte.
 //!
-//! [`up_to_or`] is for the filter's reader of JSON, whose strings are short.
+//! [`up_to_or`] and [`base64_run`] are for the filter's reader of JSON: its strings are short, or pictures.
 //!
 //! Why: words end where nobody can foresee it. A loop that looks for their ends mispredicts once a word,
 //! which costs more than the word's hash.
@@ -110,6 +110,25 @@ pub fn up_to_or(bytes: &[u8; 16], most: u8, signs: [u8; 2]) -> (u32, u32) {
     (found.to_bitmask() & 0xffff, bytes.to_bitmask() & 0xffff)
 }
 
+/// How many of the first bytes are characters of base64, of either alphabet (RFC 4648, sections 4 and 5), or its
+/// padding.
+pub fn base64_run(text: &[u8]) -> usize {
+    let is_base64 = |byte: &u8| byte.is_ascii_alphanumeric() || BASE64_SIGNS.contains(byte);
+    let (sixteens, rest) = text.as_chunks();
+    for (bytes, at) in sixteens.iter().zip((0..).step_by(16)) {
+        let bytes = u8x16::new(*bytes);
+        let signs = BASE64_SIGNS.map(|sign| equal(bytes, sign));
+        let found = signs.into_iter().fold(letters(bytes) | digits(bytes), |found, sign| found | sign);
+        let others = !found.to_bitmask() & 0xffff;
+        if others != 0 {
+            return at + others.trailing_zeros() as usize;
+        }
+    }
+    text.len() - rest.len() + rest.iter().take_while(|byte| is_base64(byte)).count()
+}
+
+const BASE64_SIGNS: [u8; 5] = *b"+/=-_";
+
 /// The bits below the first `n`, all of them for 64 and more.
 #[inline(always)]
 pub(crate) fn below(n: usize) -> u64 {
@@ -151,6 +170,18 @@ mod tests {
             let bits = |test: &dyn Fn(u8) -> bool| (0..16).filter(|&i| test(bytes[i])).fold(0, |bits, i| bits | 1 << i);
             let found = bits(&|byte| byte <= most || signs.contains(&byte));
             prop_assert_eq!(up_to_or(&bytes, most, signs), (found, bits(&|byte| byte > 127)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_run_of_base64_ends_at_the_first_other_byte(len in 0usize..100, end: u8, text: [u8; 100]) {
+            const SIGNS: &[u8; 67] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_";
+            let mut text = text.map(|byte| SIGNS[usize::from(byte) % SIGNS.len()]);
+            text[len] = end;
+            let expected = if SIGNS.contains(&end) { 100 } else { len };
+            prop_assert_eq!(base64_run(&text), expected);
+            prop_assert_eq!(base64_run(&text[..len]), len);
         }
     }
 

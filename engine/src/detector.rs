@@ -173,9 +173,17 @@ pub struct Message {
 
 #[derive(Debug)]
 enum Mode {
-    Learn { units: Vec<(UnitId, Vec<u8>)>, bytes: usize },
+    Learn {
+        units: Vec<(UnitId, Vec<u8>)>,
+        bytes: usize,
+    },
     /// `before`: the units that ended before [`Message::part`].
-    Score { baseline: Arc<StreamBaseline>, before: Finished, open: Vec<OpenUnit>, done: Finished },
+    Score {
+        baseline: Arc<StreamBaseline>,
+        before: Finished,
+        open: Vec<OpenUnit>,
+        done: Finished,
+    },
     Ignore,
 }
 
@@ -754,7 +762,8 @@ mod tests {
         let mut detector = trained("s");
         let second = UnitId { name: "user", index: 1 };
         let odd = "please tell me where order 77 of customer 5; DROP TABLE users; is";
-        for (target, first, last) in [("POST /v1/chat", odd, &*text(400)), ("DELETE /x'--", &*text(400), odd)] {
+        for (target, first, last) in [("POST /v1/chat", odd, &*text(400)), ("DELETE /x'--", &*text(400), odd)]
+        {
             let begin = |detector: &mut Detector, target: &str| {
                 let mut message = detector.begin("s");
                 message.whole(TARGET, target.as_bytes(), 0, 1 << 14, detector.scratch());

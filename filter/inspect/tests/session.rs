@@ -569,7 +569,13 @@ fn text_is_kept_to_be_looked_up_unless_it_must_not_be() {
 }
 
 /// A request's body in these pieces, of which the proxy fails to give one; its verdict.
-fn ask_in_pieces(plugin: &mut Plugin, host: &mut Scripted, body: &[u8], cuts: &[usize], lost: usize) -> Value {
+fn ask_in_pieces(
+    plugin: &mut Plugin,
+    host: &mut Scripted,
+    body: &[u8],
+    cuts: &[usize],
+    lost: usize,
+) -> Value {
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (body.len() + 1)).chain([0, body.len()]).collect();
     cuts.sort_unstable();
     let mut exchange = Exchange::default();
@@ -626,8 +632,16 @@ fn turn() -> impl Strategy<Value = Turn> {
 impl Turn {
     /// The body with which this conversation goes on.
     fn body(&self, messages: &mut Vec<String>) -> Vec<u8> {
-        const WORDS: [&str; 8] =
-            ["Where is order ", "now? ", "\n", "\"quoted\" ", "\u{e9}t\u{e9} ", "' OR 1=1 -- ", "4242 ", "data:,"];
+        const WORDS: [&str; 8] = [
+            "Where is order ",
+            "now? ",
+            "\n",
+            "\"quoted\" ",
+            "\u{e9}t\u{e9} ",
+            "' OR 1=1 -- ",
+            "4242 ",
+            "data:,",
+        ];
         messages.truncate(messages.len().saturating_sub(self.back));
         let text: String = self.said.iter().map(|&(word, times)| WORDS[word].repeat(times)).collect();
         let role = ["user", "assistant", "system", "tool"][messages.len() % 4];

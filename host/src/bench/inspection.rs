@@ -27,7 +27,7 @@ use crate::train::{TrainError, train, with_baseline};
 
 /// Messages of one replay.
 const REPLAYED: usize = 60_000;
-/// Bytes of bodies in one round of the filter.
+/// Bytes of bodies in one round of the filter, at least.
 const ROUND_BYTES: usize = 1 << 20;
 
 fn wrong(what: impl Into<String>) -> BenchError {
@@ -140,26 +140,34 @@ pub(super) fn in_wasm(filter: &Path, exchanges: &[Exchange], budget: Duration) -
         Module::compile_with(&std::fs::read(filter)?, &options).map_err(replay::ReplayError::from)?;
     let mut vm = WasmReplay::start(&module, configuration).map_err(replay::ReplayError::from)?;
 
-    // Those that are judged, since scoring is what is compared.
-    let mut judged: Vec<(Exchange, Verdicts)> = Vec::new();
-    let mut bytes = 0;
+    // Those that are judged, since scoring is what is compared; a round has the next of them, as what came a moment ago
+    // is looked up, and the two differ in what that costs.
+    let mut rounds: Vec<Vec<(Exchange, Verdicts)>> = Vec::new();
+    let (mut bytes, mut of_last) = (0, ROUND_BYTES);
     for exchange in exchanges {
         let Ok(exchange) = wire::on_the_wire(exchange.clone()) else { continue };
         let verdicts = native::inspect(&mut plugin, &exchange);
         let both = [verdicts.request.as_deref(), verdicts.response.as_deref()];
-        if bytes < ROUND_BYTES
-            && both.iter().all(|json| json.is_some_and(|json| json.contains("\"baseline\":")))
-        {
+        if both.iter().all(|json| json.is_some_and(|json| json.contains("\"baseline\":"))) {
+            if of_last >= ROUND_BYTES {
+                rounds.push(Vec::new());
+                of_last = 0;
+            }
             let body = exchange.response.as_ref().map_or(0, |response| response.body.len());
+            of_last += exchange.request.body.len() + body;
             bytes += exchange.request.body.len() + body;
-            judged.push((exchange, verdicts));
+            if let Some(round) = rounds.last_mut() {
+                round.push((exchange, verdicts));
+            }
         }
     }
-    if judged.is_empty() {
+    if rounds.is_empty() {
         return Err(wrong("no exchange is judged under the baseline"));
     }
+    let bytes = bytes / rounds.len();
+    let (mut round_in_vm, mut round_natively) = (rounds.iter().cycle(), rounds.iter().cycle());
     let in_vm = || {
-        for (exchange, expected) in &judged {
+        for (exchange, expected) in round_in_vm.next().into_iter().flatten() {
             if vm.inspect(exchange).map_err(replay::ReplayError::from)? != *expected {
                 return Err(wrong(format!(
                     "the filter's verdict of exchange {} is not the native one",
@@ -170,7 +178,7 @@ pub(super) fn in_wasm(filter: &Path, exchanges: &[Exchange], budget: Duration) -
         Ok(())
     };
     let natively = || {
-        for (exchange, expected) in &judged {
+        for (exchange, expected) in round_natively.next().into_iter().flatten() {
             if native::inspect(&mut plugin, exchange) != *expected {
                 return Err(wrong(format!("the verdict of exchange {} does not repeat", exchange.id)));
             }

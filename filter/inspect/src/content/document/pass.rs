@@ -7,6 +7,7 @@ use super::{Active, BLOB_SAMPLE_BYTES, Document, MAX_CALLS};
 use crate::envelope::Value;
 use crate::json::{Container, Handler, Scalar};
 use core::mem;
+use driftlock_engine::bitmap::base64_run;
 
 /// One push: the document with the chunk it is reading.
 pub(super) struct Pass<'a, S: Sink> {
@@ -92,7 +93,7 @@ impl<S: Sink> Pass<'_, S> {
             let (mut rest, mut offset) = (source, body_offset);
             while !rest.is_empty() {
                 let base64 = match run {
-                    Some(_) => rest.iter().take_while(|byte| is_base64(**byte)).count(),
+                    Some(_) => base64_run(rest),
                     None => 0,
                 };
                 let kept = base64.min(keep.saturating_sub(run.unwrap_or(0)));
@@ -117,11 +118,6 @@ impl<S: Sink> Pass<'_, S> {
         }
         self.document.active = Active::Blob { run, keep, skipped, media };
     }
-}
-
-/// Of either alphabet (RFC 4648 sections 4 and 5).
-fn is_base64(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'-' | b'_')
 }
 
 impl<S: Sink> Handler for Pass<'_, S> {
