@@ -105,12 +105,6 @@ impl Verdict {
         json::append(self, out);
     }
 
-    /// The same without scores, metrics, spans and units: what is left of use of a normal message, at a fifth of
-    /// the length.
-    pub fn to_brief_json(&self) -> String {
-        json::write_brief(self)
-    }
-
     /// The verdict in plain sentences, for a person who has the message but not this project's words.
     ///
     /// Without the text of the message, as the verdict itself; [`crate::baseline::UnitBaseline::likeliest`]

@@ -16,38 +16,24 @@ use super::{Metrics, Scores, Span, UnitSummary, Verdict};
 /// What a verdict takes, nearly always.
 const USUAL_BYTES: usize = 1024;
 
-/// What a brief one takes.
-const BRIEF_BYTES: usize = 320;
-
 /// Appends the JSON text of a verdict.
 pub(super) fn append(verdict: &Verdict, out: &mut Vec<u8>) {
     out.reserve(USUAL_BYTES);
-    Text(out).verdict(verdict, true);
+    Text(out).verdict(verdict);
 }
 
 /// The JSON text of a verdict.
 pub(super) fn write(verdict: &Verdict) -> String {
     let mut out = Vec::new();
     append(verdict, &mut out);
-    text_of(out)
-}
-
-/// The same without scores, metrics, spans and units.
-pub(super) fn write_brief(verdict: &Verdict) -> String {
-    let mut out = Vec::with_capacity(BRIEF_BYTES);
-    Text(&mut out).verdict(verdict, false);
-    text_of(out)
-}
-
-/// All that is written is ASCII or was a str.
-fn text_of(out: Vec<u8>) -> String {
+    // All that is written is ASCII or was a str.
     String::from_utf8(out).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
 
 struct Text<'a>(&'a mut Vec<u8>);
 
 impl Text<'_> {
-    fn verdict(&mut self, verdict: &Verdict, whole: bool) {
+    fn verdict(&mut self, verdict: &Verdict) {
         let Verdict { stream, unit, unit_index, outcome, reason, p_value, p_fraction, alpha, .. } = verdict;
         let Verdict { scores, metrics, spans, units, baseline, engine_version, .. } = verdict;
         self.raw(b"{\"stream\":");
@@ -79,16 +65,14 @@ impl Text<'_> {
         }
         self.raw(b",\"alpha\":");
         self.number(*alpha);
-        if whole {
-            if let Some(scores) = scores {
-                self.scores(scores);
-            }
-            self.metrics(metrics);
-            self.raw(b",\"spans\":");
-            self.list(spans, Self::span);
-            self.raw(b",\"units\":");
-            self.list(units, Self::unit);
+        if let Some(scores) = scores {
+            self.scores(scores);
         }
+        self.metrics(metrics);
+        self.raw(b",\"spans\":");
+        self.list(spans, Self::span);
+        self.raw(b",\"units\":");
+        self.list(units, Self::unit);
         if let Some(baseline) = baseline {
             self.raw(b",\"baseline\":");
             self.string(baseline);
@@ -400,12 +384,6 @@ mod tests {
         #[test]
         fn the_text_is_serde_jsons(verdict in verdict()) {
             prop_assert_eq!(write(&verdict), serde_json::to_string(&verdict).unwrap());
-            let read = |text: String| -> serde_json::Value { serde_json::from_str(&text).unwrap() };
-            let mut brief = read(write(&verdict));
-            for long in ["scores", "metrics", "spans", "units"] {
-                brief.as_object_mut().unwrap().remove(long);
-            }
-            prop_assert_eq!(read(write_brief(&verdict)), brief);
         }
     }
 }

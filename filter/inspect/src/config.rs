@@ -113,8 +113,8 @@ impl Default for Report {
 pub enum StatePolicy {
     /// There is none.
     Never,
-    /// All of it where a message is not normal or something was done with it; else without scores, metrics, spans
-    /// and units.
+    /// All of it, as JSON, where a message is not normal or something was done with it; else what the header
+    /// says of it, with the whole digest and the engine's version.
     Brief,
     /// All of it, always.
     Full,

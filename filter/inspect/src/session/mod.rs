@@ -46,9 +46,9 @@ use report::{Gauges, Taken, Times, structured_field, tell};
 
 /// Filter-state keys, as the access log finds them behind `wasm.`.
 pub mod filter_state {
-    /// The request's verdict, JSON.
+    /// The request's verdict: JSON, or a structured field (RFC 9651 item) where it is brief.
     pub const REQUEST: &str = "driftlock.request";
-    /// The response's verdict, JSON.
+    /// The response's verdict, likewise.
     pub const RESPONSE: &str = "driftlock.response";
     /// The worse outcome of both: one word.
     pub const OUTCOME: &str = "driftlock.outcome";
@@ -494,7 +494,7 @@ impl Exchange {
     fn tell_request_verdict(&mut self, host: &mut impl Host) {
         let open = self.request.as_ref().is_none_or(|request| request.plan.tells());
         if !self.request_judged && open {
-            let value = "not_inspected;reason=\"response_came_first\"".to_owned();
+            let value = "not_inspected;reason=response_came_first".to_owned();
             self.request_told.get_or_insert(value);
         }
         match &self.request_told {
