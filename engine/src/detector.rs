@@ -639,19 +639,19 @@ impl SavedPart {
 
 impl Finished {
     /// As if `later` had been added unit by unit.
-    fn followed_by(mut self, later: Self) -> Self {
-        if self.units == 0 {
-            return later;
+    fn followed_by(self, mut later: Self) -> Self {
+        later.units += self.units;
+        later.bytes += self.bytes;
+        later.cost += self.cost;
+        // Before those that are as strange, and among themselves as they were.
+        for unit in self.strangest.into_iter().rev() {
+            let at = later.strangest.partition_point(|known| known.statistic > unit.statistic);
+            later.rank(at, unit);
         }
-        self.units += later.units;
-        self.bytes += later.bytes;
-        self.cost += later.cost;
-        later.strangest.into_iter().for_each(|unit| self.rank(unit));
-        self
+        later
     }
 
-    fn rank(&mut self, unit: FinishedUnit) {
-        let at = self.strangest.partition_point(|known| known.statistic >= unit.statistic);
+    fn rank(&mut self, at: usize, unit: FinishedUnit) {
         if at < MAX_UNITS {
             self.strangest.truncate(MAX_UNITS - 1);
             self.strangest.insert(at, unit);
@@ -691,7 +691,9 @@ impl Finished {
         self.units += 1;
         self.bytes += bytes;
         self.cost += scores.cost;
-        self.rank(FinishedUnit { id, kind, statistic, surprises, bytes, scores });
+        // One that is as strange as others stands behind them.
+        let at = self.strangest.partition_point(|known| known.statistic >= statistic);
+        self.rank(at, FinishedUnit { id, kind, statistic, surprises, bytes, scores });
     }
 
     fn describe(&self, baseline: &StreamBaseline, verdict: &mut Verdict) {
@@ -766,8 +768,11 @@ mod tests {
         {
             let begin = |detector: &mut Detector, target: &str| {
                 let mut message = detector.begin("s");
-                message.whole(TARGET, target.as_bytes(), 0, 1 << 14, detector.scratch());
-                assert!(message.part());
+                // Two that are equally strange, too.
+                for index in 0..2 {
+                    let id = UnitId { index, ..TARGET };
+                    message.whole(id, target.as_bytes(), 0, 1 << 14, detector.scratch());
+                }
                 message
             };
             let mut whole = begin(&mut detector, target);
@@ -779,6 +784,7 @@ mod tests {
             // What is said of it does not depend on what stood before the part.
             let saved = {
                 let mut other = begin(&mut detector, "GET /another/target");
+                assert!(other.part());
                 other.text(USER, first.as_bytes(), 100, 1 << 14, detector.scratch());
                 other.end_unit(USER, detector.scratch());
                 other.skip(7);
@@ -786,7 +792,7 @@ mod tests {
                 other.save().unwrap()
             };
             let mut taken_up = begin(&mut detector, target);
-            assert!(saved.is_of(&taken_up) && taken_up.resume(&saved));
+            assert!(taken_up.part() && saved.is_of(&taken_up) && taken_up.resume(&saved));
             assert!(!taken_up.resume(&saved), "something was read");
             assert_eq!(detector.stands_out(&taken_up), detector.stands_out(&whole));
             assert!(detector.stands_out(&whole), "{target}");

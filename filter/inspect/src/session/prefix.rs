@@ -19,7 +19,7 @@
 //! baseline, and is of no use to another.
 //!
 //! Cost: a hash of the body (a cycle for four bytes) and a look into the marks for each block; a comparison and a
-//! copy of the state for one that is known. Where nothing kept is ever used, it rests.
+//! copy of the state for one that is known. Where most of what is kept goes unused, nothing is for a while.
 //!
 //! Left out on purpose: answers, which begin with an id of their own; bodies that are no document of a known API;
 //! a beginning in another place of the body, of which `engine::score`'s memory of stretches is for. As with that,
@@ -40,12 +40,14 @@ const BLOCK: usize = 512;
 /// Most beginnings kept, and most bytes of their texts and states together.
 const MAX_STEMS: usize = if cfg!(test) { 6 } else { 128 };
 const MAX_BYTES: usize = if cfg!(test) { 80 << 10 } else { 4 << 20 };
+/// Shortest beginning kept: to copy a state costs as much as to read a thousand bytes of text that came before.
+const MIN_STEM_BYTES: usize = 1 << 10;
 /// Longest beginning kept.
 const MAX_STEM_BYTES: usize = if cfg!(test) { 8 << 10 } else { 256 << 10 };
 /// Places for marks of blocks that came. A power of two.
 const MARKS: usize = if cfg!(test) { 1 << 10 } else { 1 << 15 };
 
-/// So many more were kept than used before it rests, and for how many messages.
+/// So many more went unused than were used before nothing is kept, and for how many messages.
 const MOST_IN_VAIN: i32 = 64;
 const REST: u32 = 1 << 10;
 
@@ -125,8 +127,9 @@ pub(super) struct Trail {
     tail: Vec<u8>,
     /// How many blocks an earlier message agrees with.
     seen: usize,
-    /// Some of it was read. Nothing is before a block is there.
+    /// Some of it was read. Nothing is before [`MIN_STEM_BYTES`] are there; what came waits.
     begun: bool,
+    waiting: Vec<u8>,
     /// All that came are the first bytes of this one, so many of them; none was read.
     along: Option<(Arc<Stem>, usize)>,
     /// What was taken up or kept last.
@@ -141,10 +144,11 @@ impl Trail {
     fn new(style: ApiStyle) -> Self {
         Self {
             style,
-            hashes: Vec::new(),
+            hashes: Vec::with_capacity(8),
             tail: Vec::new(),
             seen: 0,
             begun: false,
+            waiting: Vec::new(),
             along: None,
             base: None,
             own: false,
@@ -182,10 +186,7 @@ impl Prefixes {
         if self.off || !parser.may_resume() {
             return None;
         }
-        if self.rest > 0 {
-            self.rest -= 1;
-            return None;
-        }
+        self.rest = self.rest.saturating_sub(1);
         self.messages += 1;
         message.part().then(|| Box::new(Trail::new(parser.style())))
     }
@@ -209,11 +210,13 @@ impl Prefixes {
             trail.along = along.map(|(stem, matched)| (stem, matched + piece.len()));
             return;
         }
-        if trail.hashes.is_empty() {
+        if !trail.begun && trail.hashes.len() * BLOCK < MIN_STEM_BYTES {
+            trail.waiting.extend_from_slice(piece);
             return;
         }
         let first = !core::mem::replace(&mut trail.begun, true);
-        let mut text = Joined { head: head(&along).unwrap_or(if first { &tail } else { &[] }), piece };
+        let waiting = core::mem::take(&mut trail.waiting);
+        let mut text = Joined { head: head(&along).unwrap_or(&waiting), piece };
         if first || along.is_some() {
             if let Some(longer) = self.longer(trail, text, feed.message) {
                 trail.along = Some((longer, text.len()));
@@ -224,7 +227,7 @@ impl Prefixes {
         // The state is kept behind the last block that came before.
         let known = trail.base.as_ref().map_or(&[][..], |stem| &stem.text);
         let (base, seen) = (known.len(), trail.seen * BLOCK);
-        if !trail.closed && seen > base {
+        if !trail.closed && seen > base && seen >= MIN_STEM_BYTES && (self.rest == 0 || trail.own) {
             // What stands between the base and `text`.
             let read = if first || along.is_some() { &[][..] } else { &tail };
             let mut whole = Vec::with_capacity(seen);
@@ -246,7 +249,7 @@ impl Prefixes {
         if let Some(head) = head(&along) {
             text = self.resume(trail, Joined { head, ..text }, parser, feed);
         } else if !trail.begun {
-            text.piece = &trail.tail;
+            text.piece = &trail.waiting;
         }
         text.give(text.len(), parser, feed);
     }
@@ -303,6 +306,10 @@ impl Prefixes {
         parser: &mut BodyParser,
         feed: &mut Feed<'_>,
     ) -> Joined<'a> {
+        // What was kept had come before; to look through all of it costs as much as to read some blocks.
+        if trail.seen * BLOCK < MIN_STEM_BYTES {
+            return text;
+        }
         let begins = |kept: &Kept| {
             trail.hashes.get(kept.blocks.wrapping_sub(1)) == Some(&kept.hash)
                 && kept.stem.text.len() <= text.len()
@@ -316,7 +323,9 @@ impl Prefixes {
         }
         parser.resume(&found.stem.parser);
         (found.used, found.times) = (self.messages, found.times.saturating_add(1));
-        self.in_vain = (self.in_vain - 2).max(-MOST_IN_VAIN);
+        if found.times == 1 {
+            self.in_vain = (self.in_vain - 2).max(-MOST_IN_VAIN);
+        }
         trail.seen = trail.seen.max(found.stem.hashes.len());
         let read = found.stem.text.len();
         self.taken_up_bytes += read as u64;
@@ -341,7 +350,13 @@ impl Prefixes {
         while self.kept.len() >= MAX_STEMS || self.bytes > MAX_BYTES {
             let oldest = (0..).zip(&self.kept).min_by_key(|(_, kept)| kept.used).map(|(place, _)| place);
             let Some(oldest) = oldest else { break };
+            if self.kept.get(oldest).is_some_and(|kept| kept.times == 0) {
+                self.in_vain += 1;
+            }
             self.forget(oldest);
+        }
+        if self.in_vain > MOST_IN_VAIN {
+            (self.in_vain, self.rest) = (0, REST);
         }
         self.number = self.number.checked_add(1).unwrap_or(1);
         for hash in &stem.hashes {
@@ -353,12 +368,7 @@ impl Prefixes {
         trail.base = Some(Arc::clone(&stem));
         let hash = stem.hashes.last().copied().unwrap_or(0);
         self.kept.push(Kept { number, blocks, hash, stem, used: self.messages, times: 0 });
-        if !core::mem::replace(&mut trail.own, true) {
-            self.in_vain += 1;
-            if self.in_vain > MOST_IN_VAIN {
-                (self.in_vain, self.rest) = (0, REST);
-            }
-        }
+        trail.own = true;
     }
 
     fn forget(&mut self, place: usize) {
@@ -668,17 +678,21 @@ mod tests {
     }
 
     #[test]
-    fn it_rests_where_nothing_kept_is_used() {
+    fn nothing_is_kept_for_a_while_where_what_is_kept_goes_unused() {
         let mut reading = Reading::new(true);
         let asked = |reading: &mut Reading, i: usize| {
-            let text = body(&[message(&format!("Where is order {i} now? ").repeat(40))], "");
+            let text = body(&[message(&format!("Where is order {i} now? ").repeat(80))], "");
             reading.ask(PATHS[0], &text, &[]);
             reading.ask(PATHS[0], &text, &[]);
             reading.prefixes.number
         };
+        let first = MOST_IN_VAIN as usize + MAX_STEMS + 1;
         let most = (0..400).map(|i| asked(&mut reading, i)).max();
-        assert_eq!(most, Some(MOST_IN_VAIN as u32 + 1));
-        // And looks again.
-        assert!((400..900).any(|i| asked(&mut reading, i) > MOST_IN_VAIN as u32 + 1));
+        assert_eq!(most, Some(first as u32));
+        // What it has is taken up meanwhile, and it looks again.
+        let taken_up = reading.prefixes.taken_up_bytes();
+        asked(&mut reading, first - 1);
+        assert!(reading.prefixes.taken_up_bytes() > taken_up);
+        assert!((400..900).any(|i| asked(&mut reading, i) > first as u32));
     }
 }

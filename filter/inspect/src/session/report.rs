@@ -253,9 +253,27 @@ fn write_item(value: &mut String, verdict: &Verdict, digits: usize) {
     }
 }
 
+/// The bytes of a token (RFC 9651 section 3.3.4: those of RFC 9110 section 5.6.2, a colon, a slash).
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler, which refuses a bad index")]
+const IN_TOKEN: [bool; 256] = {
+    let mut table = [false; 256];
+    let signs = b"!#$%&'*+-.^_`|~:/";
+    let mut i = 0;
+    while i < signs.len() {
+        table[signs[i] as usize] = true;
+        i += 1;
+    }
+    let mut byte = 0;
+    while byte < 128 {
+        table[byte] |= (byte as u8).is_ascii_alphanumeric();
+        byte += 1;
+    }
+    table
+};
+
 /// As a token if it is one (RFC 9651 section 3.3.4), else as a string (3.3.3).
 fn push_bare(value: &mut String, text: &str) {
-    let in_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:/".contains(&byte);
+    let in_token = |byte: u8| IN_TOKEN.get(usize::from(byte)).copied().unwrap_or(false);
     if text.starts_with(|first: char| first.is_ascii_alphabetic() || first == '*')
         && text.bytes().all(in_token)
     {
