@@ -15,9 +15,14 @@ use driftlock_engine::normalise::{DEFAULT_NORMALISED, Normaliser};
 use driftlock_engine::score::{Scratch, UnitScorer};
 use driftlock_engine::significance::{DEFAULT_PERMUTATIONS, Seed, permutation_test};
 use driftlock_engine::words::WordTracker;
-use driftlock_host::capture;
+use driftlock_host::capture::{self, Exchange};
+use driftlock_host::replay::native;
 use driftlock_host::synth::{SynthOptions, generate};
+use driftlock_host::train::train;
+use driftlock_inspect::config::Config;
 use driftlock_inspect::content::{ApiStyle, BodyParser, Sink, Unit};
+use driftlock_inspect::session::Plugin;
+use serde_json::Value;
 
 /// Texts that are measured at once, at most.
 const MAX_TEXTS: usize = 300;
@@ -143,11 +148,13 @@ pub fn paths() -> Vec<HotPath> {
 /// Those over generated texts, which everybody has.
 pub fn generated_paths() -> Vec<HotPath> {
     let traffic = generate(&SynthOptions { count: 800, ..SynthOptions::default() });
-    let bodies = traffic.into_iter().map(|labelled| labelled.exchange.request.body);
+    let traffic: Vec<Exchange> = traffic.into_iter().map(|labelled| labelled.exchange).collect();
+    let bodies = traffic.iter().map(|exchange| exchange.request.body.clone());
     let mut paths = Vec::new();
     over_texts(&Corpus::split("generated", bodies.collect()), &mut paths);
     parsers(&mut paths);
     paths.push(permutation());
+    paths.push(conversation(traffic));
     paths
 }
 
@@ -311,6 +318,55 @@ fn parsers(paths: &mut Vec<HotPath>) {
         let bytes = body.len() as u64;
         let run = Box::new(move || parse(&body, usize::MAX));
         paths.push(HotPath { name: format!("{what}/chat"), bytes, run, expected, beside });
+    }
+}
+
+/// Turns of the conversation.
+const TURNS: usize = 40;
+
+/// A conversation whose requests have all that was said before, beside one where each is read whole.
+fn conversation(traffic: Vec<Exchange>) -> HotPath {
+    let mut train_on = traffic;
+    train_on.retain(|exchange| exchange.request.target == "/v1/chat/completions");
+    let said = train_on.split_off(train_on.len().saturating_sub(TURNS));
+    let config = |fields: &str| Config::parse(fields.as_bytes()).expect("a configuration");
+    let snapshot =
+        train(train_on, config(r#"{"alpha": 0.02}"#), 0).expect("enough chats to learn from").snapshot;
+    let messages = said.iter().filter_map(|exchange| {
+        let body: Value = serde_json::from_slice(&exchange.request.body).ok()?;
+        Some(body["messages"].as_array()?.last()?.to_string())
+    });
+    let messages: Vec<String> = messages.collect();
+    assert_eq!(messages.len(), TURNS, "too few chats are generated");
+    let requests: Vec<Exchange> = said
+        .iter()
+        .zip(1..)
+        .map(|(exchange, turn)| {
+            let body = format!(r#"{{"model":"m","messages":[{}]}}"#, messages[..turn].join(","));
+            let mut exchange = Exchange { response: None, ..exchange.clone() };
+            exchange.request.body = body.into_bytes();
+            exchange
+        })
+        .collect();
+    let bytes = requests.iter().map(|exchange| exchange.request.body.len() as u64).sum();
+    let talk = move |fields: &str| -> u64 {
+        // New every time: nothing may be known from the conversation before.
+        let mut plugin = Plugin::new(Config { snapshot: snapshot.clone(), ..config(fields) });
+        let verdicts = requests.iter().map(|exchange| {
+            let verdict = native::inspect(&mut plugin, exchange).request.unwrap_or_default();
+            verdict.bytes().fold(0, |sum: u64, byte| sum.wrapping_mul(31).wrapping_add(byte.into()))
+        });
+        verdicts.fold(0, u64::wrapping_add)
+    };
+    let (reused, anew) = (talk.clone(), talk);
+    const ANEW: &str = r#"{"alpha": 0.02, "reuse_scores": false}"#;
+    let expected = anew(ANEW);
+    HotPath {
+        name: "conversation/generated".to_owned(),
+        bytes,
+        run: Box::new(move || reused(r#"{"alpha": 0.02}"#)),
+        expected,
+        beside: ("each request read whole", Box::new(move || anew(ANEW))),
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! What: [`Plugin`] is what a VM holds (configuration and detector), [`Exchange`] what a request and its
 //! response need while they pass. The caller reports each proxy callback and obeys the returned [`Step`];
-//! verdicts, changed bodies and refusals go out through the [`Host`]. `inspection` reads one message, `act`
-//! passes it on or stops it, `report` says what came of it.
+//! verdicts, changed bodies and refusals go out through the [`Host`]. `inspection` reads one message, `prefix` has what
+//! other requests began with, `act` passes it on or stops it, `report` says what came of it.
 //!
 //! Why so: the same code runs in the filter and in the native replay, so both give the same verdicts. Nothing
 //! here decides by how the bytes were cut into chunks; the clock is for metrics.
