@@ -450,7 +450,7 @@ impl Reader {
 
     /// Memory that it takes, about.
     pub(super) fn bytes(&self) -> usize {
-        size_of::<Self>() + self.document.held.bytes.capacity()
+        size_of::<Self>() + self.document.held.memory()
     }
 
     /// Reads the next bytes. After an error the rest of the body is envelope, from the offending byte on.

@@ -9,17 +9,19 @@
 //! same verdict, so does this, which is tested against reading without.
 //!
 //! How: a body is cut into blocks of [`BLOCK`] bytes, each hashed with all before it (as servers of models find
-//! what they have computed of a prompt: Kwon et al. 2023, section 4.4, and vLLM's prefix caching). Where the hashes
-//! of a message's blocks were last seen tells how far it agrees with an earlier one; there its state is kept, once a
-//! message, and found again by hash and by comparing every byte. A body that arrives in pieces is not read as long
-//! as it agrees with one that is longer, since what it would come to is kept behind that one's last byte.
+//! what they have computed of a prompt: Kwon et al. 2023, section 4.4, and vLLM's prefix caching). Marks of the hashes
+//! that came tell how far a body agrees with earlier ones; where that ends its state is kept, once a message, and
+//! found again by hash and by comparing every byte. A body that arrives in pieces is not read as long as it agrees
+//! with one that is longer, since what it would come to is kept behind that one's last byte; and as long as its blocks
+//! came before, it is read up to the last whole one, where its state may have to be kept.
 //!
 //! What is kept: at most [`MAX_STEMS`] beginnings and [`MAX_BYTES`] of them, the one unused for longest goes first;
-//! one that a longer one of the same conversation replaces goes at once. A state is some 10 KiB. It belongs to a
-//! baseline, and is of no use to another.
+//! one that a longer one of the same conversation replaces goes at once. A state is some 10 KiB, more where text waits
+//! for its role. It belongs to a baseline, and is of no use to another. Beside that at most [`MAX_HOLDING`] requests
+//! under way hold up to [`MAX_STEM_BYTES`] each.
 //!
-//! Cost: a hash of the body (a cycle for four bytes) and a look into the marks for each block; a comparison and a
-//! copy of the state for one that is known. Where most of what is kept goes unused, nothing is for a while.
+//! Cost: a hash of the body and a look into the marks for each block; a comparison of what is known with it, and a
+//! copy of the state. Where most of what is kept goes unused, nothing is for a while.
 //!
 //! Left out on purpose: answers, which begin with an id of their own; bodies that are no document of a known API;
 //! a beginning in another place of the body, of which `engine::score`'s memory of stretches is for. As with that,
@@ -29,6 +31,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::mem;
 
 use driftlock_engine::detector::{Message, SavedPart};
 
@@ -46,6 +49,9 @@ const MIN_STEM_BYTES: usize = 1 << 10;
 const MAX_STEM_BYTES: usize = if cfg!(test) { 8 << 10 } else { 256 << 10 };
 /// Places for marks of blocks that came. A power of two.
 const MARKS: usize = if cfg!(test) { 1 << 10 } else { 1 << 15 };
+
+/// Most requests that hold on to text between two of their pieces.
+const MAX_HOLDING: usize = if cfg!(test) { 2 } else { 16 };
 
 /// So many more went unused than were used before nothing is kept, and for how many messages.
 const MOST_IN_VAIN: i32 = 64;
@@ -105,6 +111,8 @@ pub(super) struct Prefixes {
     rest: u32,
     off: bool,
     taken_up_bytes: u64,
+    /// Cloned by whoever does.
+    holding: Hold,
 }
 
 /// A block came.
@@ -121,43 +129,51 @@ struct Mark {
 pub(super) struct Trail {
     /// As the parser was made.
     style: ApiStyle,
-    /// Of each whole block with all before it.
+    /// Of each whole block with all before it, up to [`MAX_STEM_BYTES`].
     hashes: Vec<u64>,
-    /// What came behind the last whole block.
+    /// What came behind the last whole block, of which the next is made.
     tail: Vec<u8>,
-    /// How many blocks an earlier message agrees with.
+    /// How many blocks came before, by their marks.
     seen: usize,
-    /// Some of it was read. Nothing is before [`MIN_STEM_BYTES`] are there; what came waits.
-    begun: bool,
-    waiting: Vec<u8>,
-    /// All that came are the first bytes of this one, so many of them; none was read.
-    along: Option<(Arc<Stem>, usize)>,
-    /// What was taken up or kept last.
-    base: Option<Arc<Stem>>,
-    /// That was kept by this message.
-    own: bool,
-    /// Nothing that is still to come can be kept.
-    closed: bool,
+    place: Place,
 }
+
+/// What was read of a body.
+#[derive(Debug)]
+enum Place {
+    /// Nothing, as there are not [`MIN_STEM_BYTES`]; these are all.
+    Waiting(Vec<u8>),
+    /// Nothing: all that came are the first bytes of this stem, so many of them.
+    Along(Arc<Stem>, usize, Hold),
+    /// All up to the last whole block; each came before.
+    Run(Run, Hold),
+    /// All of it. Nothing is to be kept.
+    Read,
+}
+
+/// A body whose blocks all came before.
+#[derive(Debug)]
+struct Run {
+    /// What was taken up.
+    base: Option<Arc<Stem>>,
+    /// All that came behind that.
+    text: Vec<u8>,
+    /// How much of the text was read: whole blocks.
+    read: usize,
+}
+
+/// One of the few that hold on to text between two pieces.
+type Hold = Arc<()>;
 
 impl Trail {
     fn new(style: ApiStyle) -> Self {
-        Self {
-            style,
-            hashes: Vec::with_capacity(8),
-            tail: Vec::new(),
-            seen: 0,
-            begun: false,
-            waiting: Vec::new(),
-            along: None,
-            base: None,
-            own: false,
-            closed: false,
-        }
+        let (hashes, tail) = (Vec::with_capacity(8), Vec::new());
+        Self { style, hashes, tail, seen: 0, place: Place::Waiting(Vec::new()) }
     }
 
-    fn base_bytes(&self) -> usize {
-        self.base.as_ref().map_or(0, |stem| stem.text.len())
+    /// Whether a block came that had not come before, or none is looked at any more.
+    fn has_ended(&self) -> bool {
+        self.seen < self.hashes.len() || self.hashes.len() * BLOCK >= MAX_STEM_BYTES
     }
 }
 
@@ -173,6 +189,7 @@ impl Prefixes {
             rest: 0,
             off: !on,
             taken_up_bytes: 0,
+            holding: Arc::new(()),
         }
     }
 
@@ -199,71 +216,118 @@ impl Prefixes {
         parser: &mut BodyParser,
         feed: &mut Feed<'_>,
     ) {
-        let tail = if trail.closed { Vec::new() } else { trail.tail.clone() };
         self.note(trail, piece);
-        let along = trail.along.take();
-        if let Some((stem, matched)) = &along
-            && let Some(rest) = stem.text.get(*matched..)
-            && rest.len() > piece.len()
-            && behind(rest, piece).is_some()
-        {
-            trail.along = along.map(|(stem, matched)| (stem, matched + piece.len()));
-            return;
-        }
-        if !trail.begun && trail.hashes.len() * BLOCK < MIN_STEM_BYTES {
-            trail.waiting.extend_from_slice(piece);
-            return;
-        }
-        let first = !core::mem::replace(&mut trail.begun, true);
-        let waiting = core::mem::take(&mut trail.waiting);
-        let mut text = Joined { head: head(&along).unwrap_or(&waiting), piece };
-        if first || along.is_some() {
-            if let Some(longer) = self.longer(trail, text, feed.message) {
-                trail.along = Some((longer, text.len()));
-                return;
+        match mem::replace(&mut trail.place, Place::Read) {
+            Place::Read => parser.push(piece, feed),
+            Place::Waiting(mut waiting) if trail.hashes.len() * BLOCK < MIN_STEM_BYTES => {
+                waiting.extend_from_slice(piece);
+                trail.place = Place::Waiting(waiting);
             }
-            text = self.resume(trail, text, parser, feed);
-        }
-        // The state is kept behind the last block that came before.
-        let known = trail.base.as_ref().map_or(&[][..], |stem| &stem.text);
-        let (base, seen) = (known.len(), trail.seen * BLOCK);
-        if !trail.closed && seen > base && seen >= MIN_STEM_BYTES && (self.rest == 0 || trail.own) {
-            // What stands between the base and `text`.
-            let read = if first || along.is_some() { &[][..] } else { &tail };
-            let mut whole = Vec::with_capacity(seen);
-            for part in [known, read, text.head, text.piece] {
-                whole.extend_from_slice(part.get(..seen - whole.len()).unwrap_or(part));
+            Place::Waiting(waiting) => {
+                self.begin_reading(trail, Joined { head: &waiting, piece }, parser, feed)
             }
-            text = text.give(seen - base - read.len(), parser, feed);
-            self.keep(trail, whole, parser, feed.message);
+            Place::Along(stem, matched, hold) => {
+                let rest = stem.text.get(matched..).unwrap_or_default();
+                if rest.len() > piece.len() && behind(rest, piece).is_some() {
+                    trail.place = Place::Along(stem, matched + piece.len(), hold);
+                } else {
+                    let head = stem.text.get(..matched).unwrap_or_default();
+                    self.begin_reading(trail, Joined { head, piece }, parser, feed);
+                }
+            }
+            Place::Run(mut run, hold) => {
+                let ended = trail.has_ended();
+                let wanted = if ended { run.wants(trail) } else { piece.len() };
+                let (ours, rest) = piece.split_at_checked(wanted).unwrap_or((piece, &[]));
+                run.text.extend_from_slice(ours);
+                run.read_on(trail, parser, feed);
+                if ended {
+                    self.end_run(trail, run, rest, parser, feed);
+                } else {
+                    trail.place = Place::Run(run, hold);
+                }
+            }
         }
-        text.give(text.len(), parser, feed);
-        // Only behind the last whole block it is known what stands between the base and the next piece.
-        trail.closed |= trail.base_bytes() < trail.hashes.len() * BLOCK;
     }
 
     /// The body is over: what was not read yet is.
     pub(super) fn finish(&mut self, trail: &mut Trail, parser: &mut BodyParser, feed: &mut Feed<'_>) {
-        let along = trail.along.take();
-        let mut text = Joined { head: &[], piece: &[] };
-        if let Some(head) = head(&along) {
-            text = self.resume(trail, Joined { head, ..text }, parser, feed);
-        } else if !trail.begun {
-            text.piece = &trail.waiting;
+        match mem::replace(&mut trail.place, Place::Read) {
+            Place::Read => {}
+            Place::Waiting(waiting) => parser.push(&waiting, feed),
+            Place::Along(stem, matched, _) => {
+                let head = stem.text.get(..matched).unwrap_or_default();
+                let (_, text) = self.resume(trail, Joined { head, piece: &[] }, parser, feed);
+                text.give(parser, feed);
+            }
+            Place::Run(run, _) => self.end_run(trail, run, &[], parser, feed),
         }
-        text.give(text.len(), parser, feed);
+    }
+
+    /// Nothing of `text` was read, which is all that came.
+    fn begin_reading(
+        &mut self,
+        trail: &mut Trail,
+        text: Joined<'_>,
+        parser: &mut BodyParser,
+        feed: &mut Feed<'_>,
+    ) {
+        let hold = (Arc::strong_count(&self.holding) <= MAX_HOLDING).then(|| Arc::clone(&self.holding));
+        if let (Some(hold), Some(longer)) = (&hold, self.longer(trail, text, feed.message)) {
+            trail.place = Place::Along(longer, text.len(), Arc::clone(hold));
+            return;
+        }
+        let (base, text) = self.resume(trail, text, parser, feed);
+        let mut run = Run { base, text: Vec::new(), read: 0 };
+        match hold {
+            Some(hold) if !trail.has_ended() => {
+                run.text = text.copied();
+                run.read_on(trail, parser, feed);
+                trail.place = Place::Run(run, hold);
+            }
+            _ => {
+                let (ours, rest) = text.split(run.wants(trail));
+                run.text = ours.copied();
+                run.read_on(trail, parser, feed);
+                let [head, piece] = [rest.head, rest.piece];
+                run.text.extend_from_slice(head);
+                self.end_run(trail, run, piece, parser, feed);
+            }
+        }
+    }
+
+    /// Behind what was read of it something new follows, or nothing: there it is kept. The rest is read, and what
+    /// follows.
+    fn end_run(
+        &mut self,
+        trail: &Trail,
+        run: Run,
+        follows: &[u8],
+        parser: &mut BodyParser,
+        feed: &mut Feed<'_>,
+    ) {
+        let Run { base, mut text, read } = run;
+        let known = base.as_ref().map_or(&[][..], |stem| &stem.text);
+        let rest = text.split_off(read);
+        if read > 0 && (MIN_STEM_BYTES..=MAX_STEM_BYTES).contains(&(known.len() + read)) && self.rest == 0 {
+            let whole = if known.is_empty() { text } else { [known, &text].concat() };
+            self.keep(trail, base.as_ref(), whole, parser, feed.message);
+        }
+        for part in [&rest, follows] {
+            if !part.is_empty() {
+                parser.push(part, feed);
+            }
+        }
     }
 
     /// Hashes the blocks that `piece` completes, and tells which came before; from now on they did.
     fn note(&mut self, trail: &mut Trail, piece: &[u8]) {
-        if trail.hashes.len() * BLOCK >= MAX_STEM_BYTES {
-            trail.closed = true;
-            return;
-        }
         if self.marks.is_empty() {
             self.marks = vec![Mark::default(); MARKS];
         }
         let Trail { hashes, tail, seen, .. } = trail;
+        let room = (MAX_STEM_BYTES - hashes.len() * BLOCK).saturating_sub(tail.len());
+        let mut rest = piece.get(..room).unwrap_or(piece);
         let mut note = |block: &[u8; BLOCK]| {
             let hash = hash(hashes.last().copied().unwrap_or(0), block);
             hashes.push(hash);
@@ -274,9 +338,8 @@ impl Prefixes {
                 None => {}
             }
         };
-        let mut rest = piece;
         if !tail.is_empty() {
-            let (front, behind) = piece.split_at_checked(BLOCK - tail.len()).unwrap_or((piece, &[]));
+            let (front, behind) = rest.split_at_checked(BLOCK - tail.len()).unwrap_or((rest, &[]));
             tail.extend_from_slice(front);
             rest = behind;
             if let Some(block) = tail.first_chunk() {
@@ -298,51 +361,58 @@ impl Prefixes {
         begins.then(|| Arc::clone(stem))
     }
 
-    /// Takes up the longest stem that `text` begins with; returns what is left to be read.
+    /// Takes up the longest stem that `text` begins with; returns it, and what is left to be read.
     fn resume<'a>(
         &mut self,
         trail: &mut Trail,
         text: Joined<'a>,
         parser: &mut BodyParser,
         feed: &mut Feed<'_>,
-    ) -> Joined<'a> {
+    ) -> (Option<Arc<Stem>>, Joined<'a>) {
+        let mut most = usize::MAX;
         // What was kept had come before; to look through all of it costs as much as to read some blocks.
-        if trail.seen * BLOCK < MIN_STEM_BYTES {
-            return text;
+        while trail.seen * BLOCK >= MIN_STEM_BYTES {
+            let may_begin = |kept: &&mut Kept| {
+                kept.blocks < most
+                    && trail.hashes.get(kept.blocks.wrapping_sub(1)) == Some(&kept.hash)
+                    && kept.stem.is_of(trail, feed.message)
+            };
+            let longest = self.kept.iter_mut().filter(may_begin).max_by_key(|kept| kept.blocks);
+            let Some(found) = longest else { break };
+            most = found.blocks;
+            if !text.is_begun_by(&found.stem.text) || !feed.message.resume(&found.stem.part) {
+                continue;
+            }
+            parser.resume(&found.stem.parser);
+            (found.used, found.times) = (self.messages, found.times.saturating_add(1));
+            if found.times == 1 {
+                self.in_vain = (self.in_vain - 2).max(-MOST_IN_VAIN);
+            }
+            trail.seen = trail.seen.max(found.blocks);
+            let read = found.stem.text.len();
+            self.taken_up_bytes += read as u64;
+            return (Some(Arc::clone(&found.stem)), text.split(read).1);
         }
-        let begins = |kept: &Kept| {
-            trail.hashes.get(kept.blocks.wrapping_sub(1)) == Some(&kept.hash)
-                && kept.stem.text.len() <= text.len()
-                && kept.stem.is_of(trail, feed.message)
-                && text.is_begun_by(&kept.stem.text)
-        };
-        let fitting = self.kept.iter_mut().filter(|kept| begins(kept));
-        let Some(found) = fitting.max_by_key(|kept| kept.blocks) else { return text };
-        if !feed.message.resume(&found.stem.part) {
-            return text;
-        }
-        parser.resume(&found.stem.parser);
-        (found.used, found.times) = (self.messages, found.times.saturating_add(1));
-        if found.times == 1 {
-            self.in_vain = (self.in_vain - 2).max(-MOST_IN_VAIN);
-        }
-        trail.seen = trail.seen.max(found.stem.hashes.len());
-        let read = found.stem.text.len();
-        self.taken_up_bytes += read as u64;
-        trail.base = Some(Arc::clone(&found.stem));
-        text.behind(read)
+        (None, text)
     }
 
-    /// Keeps where a message stands behind `text`.
-    fn keep(&mut self, trail: &mut Trail, text: Vec<u8>, parser: &BodyParser, message: &Message) {
+    /// Keeps where a message stands behind `text`, which begins with `base`.
+    fn keep(
+        &mut self,
+        trail: &Trail,
+        base: Option<&Arc<Stem>>,
+        text: Vec<u8>,
+        parser: &BodyParser,
+        message: &Message,
+    ) {
         let (Some(parser), Some(part)) = (parser.save(), message.save()) else { return };
         let blocks = text.len() / BLOCK;
-        let (Some(hashes), true) = (trail.hashes.get(..blocks), text.len() <= MAX_STEM_BYTES) else { return };
+        let Some(hashes) = trail.hashes.get(..blocks) else { return };
         let stem = Stem { style: trail.style, text, hashes: hashes.to_vec(), parser, part };
         // The conversation goes on: what was known of it is of use to no other, unless it was to some already.
-        if let Some(base) = &trail.base
-            && let Some(place) = self.kept.iter().position(|kept| Arc::ptr_eq(&kept.stem, base))
-            && (trail.own || self.kept.get(place).is_some_and(|kept| kept.times == 1))
+        let replaced = base.and_then(|base| self.kept.iter().position(|kept| Arc::ptr_eq(&kept.stem, base)));
+        if let Some(place) =
+            replaced.filter(|place| self.kept.get(*place).is_some_and(|kept| kept.times == 1))
         {
             self.forget(place);
         }
@@ -365,10 +435,8 @@ impl Prefixes {
             }
         }
         let (number, stem) = (self.number, Arc::new(stem));
-        trail.base = Some(Arc::clone(&stem));
         let hash = stem.hashes.last().copied().unwrap_or(0);
         self.kept.push(Kept { number, blocks, hash, stem, used: self.messages, times: 0 });
-        trail.own = true;
     }
 
     fn forget(&mut self, place: usize) {
@@ -379,9 +447,24 @@ impl Prefixes {
     }
 }
 
-/// What came of a body that was not read.
-fn head(along: &Option<(Arc<Stem>, usize)>) -> Option<&[u8]> {
-    along.as_ref().and_then(|(stem, matched)| stem.text.get(..*matched))
+impl Run {
+    /// How many bytes of what came before are not in its text yet.
+    fn wants(&self, trail: &Trail) -> usize {
+        let known = self.base.as_ref().map_or(0, |stem| stem.text.len()) + self.text.len();
+        (trail.seen * BLOCK).saturating_sub(known)
+    }
+
+    /// Reads what came before.
+    fn read_on(&mut self, trail: &Trail, parser: &mut BodyParser, feed: &mut Feed<'_>) {
+        let known = self.base.as_ref().map_or(0, |stem| stem.text.len());
+        let to = (trail.seen * BLOCK).saturating_sub(known);
+        if let Some(text) = self.text.get(self.read..to)
+            && !text.is_empty()
+        {
+            parser.push(text, feed);
+            self.read = to;
+        }
+    }
 }
 
 impl Stem {
@@ -416,26 +499,25 @@ impl<'a> Joined<'a> {
         }
     }
 
-    /// Without the first bytes.
-    fn behind(self, bytes: usize) -> Self {
-        let Self { head, piece } = self;
-        let of_head = bytes.min(head.len());
-        Self {
-            head: head.get(of_head..).unwrap_or_default(),
-            piece: piece.get(bytes - of_head..).unwrap_or_default(),
-        }
+    fn copied(self) -> Vec<u8> {
+        [self.head, self.piece].concat()
     }
 
-    /// Has the first bytes read; returns the others.
-    fn give(self, bytes: usize, parser: &mut BodyParser, feed: &mut Feed<'_>) -> Self {
-        let bytes = bytes.min(self.len());
+    /// The first bytes, and the others.
+    fn split(self, bytes: usize) -> (Self, Self) {
         let of_head = bytes.min(self.head.len());
-        for part in [self.head.get(..of_head), self.piece.get(..bytes - of_head)].into_iter().flatten() {
+        let (head, other_head) = self.head.split_at_checked(of_head).unwrap_or((self.head, &[]));
+        let (piece, other) = self.piece.split_at_checked(bytes - of_head).unwrap_or((self.piece, &[]));
+        (Self { head, piece }, Self { head: other_head, piece: other })
+    }
+
+    /// Has all of it read.
+    fn give(self, parser: &mut BodyParser, feed: &mut Feed<'_>) {
+        for part in [self.head, self.piece] {
             if !part.is_empty() {
                 parser.push(part, feed);
             }
         }
-        self.behind(bytes)
     }
 }
 
@@ -654,8 +736,10 @@ mod tests {
             (0..8).map(|i| message(&format!("Where is order {i}? ").repeat(40))).collect();
         let pieces: Vec<usize> = (0..20_000).step_by(600).collect();
         for i in 1..turns.len() {
+            let number = reading.prefixes.number;
             reading.ask(PATHS[0], &body(&turns[..i], ""), if i < 5 { &[] } else { &pieces });
             assert!(reading.prefixes.kept.len() <= 1);
+            assert_eq!(reading.prefixes.number - number, u32::from(i > 2), "once a message");
         }
         // The last two come in one piece, as if they had never come; others begin in the same way; one goes on.
         reading.prefixes.kept.clear();
@@ -675,6 +759,48 @@ mod tests {
         let blocks = |text: &[u8]| text.len() / BLOCK * BLOCK;
         let seventh = blocks(&body(&turns[..7], ""));
         assert_eq!(kept, [blocks(&body(&turns[..3], "")), blocks(&other("two", 0)), seventh]);
+    }
+
+    /// More requests at once than may hold on to text.
+    #[test]
+    fn requests_under_way_at_once_are_read_each_for_itself() {
+        let (mut reused, mut anew) = (Reading::new(true), Reading::new(false));
+        let turns: Vec<String> =
+            (0..8).map(|i| message(&format!("Where is order {i}? ").repeat(40))).collect();
+        for known in [5, 6, 6] {
+            reused.ask(PATHS[0], &body(&turns[..known], ""), &[]);
+        }
+        let bodies: Vec<Vec<u8>> =
+            (4..8).flat_map(|i| [body(&turns[..i], ""), body(&turns[..i], ",}")]).collect();
+        let Reading { detector, prefixes } = &mut reused;
+        let mut under_way: Vec<_> = bodies
+            .iter()
+            .map(|body| {
+                let mut message = detector.begin(Direction::Request.as_str());
+                message.whole(UnitId { name: "target", index: 0 }, PATHS[0], 0, 1 << 16, detector.scratch());
+                let parser = BodyParser::for_request(PATHS[0], None).unwrap();
+                let trail = prefixes.begin(&mut message, &parser).unwrap();
+                (body.chunks(700), message, parser, trail)
+            })
+            .collect();
+        let mut most = 0;
+        for _ in 0..20 {
+            for (pieces, message, parser, trail) in &mut under_way {
+                let mut feed = Feed::new(message, 1 << 16, detector.scratch());
+                if let Some(piece) = pieces.next() {
+                    prefixes.read(trail, piece, parser, &mut feed);
+                }
+                most = most.max(Arc::strong_count(&prefixes.holding) - 1);
+            }
+        }
+        assert_eq!(most, MAX_HOLDING);
+        for ((_, mut message, mut parser, mut trail), body) in under_way.into_iter().zip(&bodies) {
+            let mut feed = Feed::new(&mut message, 1 << 16, detector.scratch());
+            prefixes.finish(&mut trail, &mut parser, &mut feed);
+            let defect = parser.finish(&mut feed).err().map(|error| error.as_str().into());
+            assert_eq!(detector.finish(message, defect), anew.ask(PATHS[0], body, &[]));
+        }
+        assert_eq!(Arc::strong_count(&prefixes.holding), 1);
     }
 
     #[test]

@@ -39,6 +39,11 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// Bytes of memory.
+    pub(super) fn memory(&self) -> usize {
+        self.bytes.capacity() + self.pieces.capacity() * size_of::<Piece>()
+    }
+
     /// `false`: it does not fit, and nothing was kept.
     pub(super) fn push(&mut self, text: &[u8], piece: Piece) -> bool {
         let joins = self.pieces.last().is_some_and(|last| {
