@@ -619,7 +619,12 @@ mod tests {
             for pair in cuts.windows(2) {
                 let piece = &body[pair[0]..pair[1]];
                 match &mut trail {
-                    Some(trail) => prefixes.read(trail, piece, &mut parser, &mut feed),
+                    Some(trail) => {
+                        prefixes.read(trail, piece, &mut parser, &mut feed);
+                        if let Place::Run(run, _) = &trail.place {
+                            assert!(run.text.len() <= MAX_STEM_BYTES);
+                        }
+                    }
                     None => parser.push(piece, &mut feed),
                 }
             }
@@ -801,6 +806,19 @@ mod tests {
             assert_eq!(detector.finish(message, defect), anew.ask(PATHS[0], body, &[]));
         }
         assert_eq!(Arc::strong_count(&prefixes.holding), 1);
+    }
+
+    #[test]
+    fn a_long_body_is_kept_up_to_a_bound() {
+        let (mut reused, mut anew) = (Reading::new(true), Reading::new(false));
+        let long = body(&[message(&"Where is order 7 now? ".repeat(2000))], "");
+        for piece in [long.len(), 5000, 700, long.len()] {
+            let cuts: Vec<usize> = (0..long.len()).step_by(piece).collect();
+            assert_eq!(reused.ask(PATHS[0], &long, &cuts), anew.ask(PATHS[0], &long, &[]));
+        }
+        let kept: Vec<usize> = reused.prefixes.kept.iter().map(|kept| kept.blocks * BLOCK).collect();
+        assert_eq!(kept, [MAX_STEM_BYTES]);
+        assert_eq!(reused.prefixes.taken_up_bytes(), 2 * MAX_STEM_BYTES as u64);
     }
 
     #[test]
