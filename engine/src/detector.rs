@@ -188,7 +188,7 @@ enum Mode {
 }
 
 /// What a part of a message came to, as far as it had been read; see [`Message::save`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct SavedPart {
     /// Whose scores these are. A baseline that nobody uses any more is not kept alive.
     baseline: Weak<StreamBaseline>,
@@ -612,9 +612,9 @@ impl Message {
     /// Takes up what was saved, in the place of reading the same bytes; only if nothing was read since
     /// [`Self::part`] and the baseline is the same. Says whether it did.
     pub fn resume(&mut self, saved: &SavedPart) -> bool {
-        let Mode::Score { baseline, open, done, .. } = &mut self.mode else { return false };
-        let fresh = open.is_empty() && done.units == 0 && self.skipped_bytes == 0;
-        let resumed = fresh && saved.baseline.as_ptr() == Arc::as_ptr(baseline);
+        let of_this = saved.is_of(self);
+        let Mode::Score { open, done, .. } = &mut self.mode else { return false };
+        let resumed = of_this && open.is_empty() && done.units == 0 && self.skipped_bytes == 0;
         if resumed {
             (*open, *done) = (saved.open.clone(), saved.done.clone());
             self.skipped_bytes = saved.skipped_bytes;
@@ -758,7 +758,7 @@ mod tests {
         detector
     }
 
-    /// A message of a target and two texts, the second of which is read from `taken_up` bytes on.
+    /// A message of two targets and two texts; the second text is under way when the part is saved.
     #[test]
     fn a_part_that_is_taken_up_is_as_one_that_was_read() {
         let mut detector = trained("s");

@@ -25,6 +25,7 @@ use crate::baselines::Supply;
 use crate::baselines::outbox::PostTo;
 use crate::baselines::pull::PullFrom;
 use crate::exclude::{Exclusion, ExclusionError, Exclusions};
+use crate::host::is_tchar;
 
 /// The parsed, checked configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -339,9 +340,8 @@ fn header_names(names: Vec<String>) -> Result<Vec<String>, ConfigError> {
     let mut checked = Vec::with_capacity(names.len());
     for (index, name) in names.into_iter().enumerate() {
         let path = || format!("request_headers[{index}]");
-        // A token of RFC 9110 section 5.6.2; pseudo-headers are the target's.
-        let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-        if name.is_empty() || name.len() > 64 || !name.bytes().all(token) {
+        // Pseudo-headers are the target's.
+        if name.is_empty() || name.len() > 64 || !name.bytes().all(is_tchar) {
             return Err(refused(path(), "not the name of a header"));
         }
         let name = name.to_ascii_lowercase();

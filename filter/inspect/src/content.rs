@@ -340,7 +340,7 @@ enum After {
 }
 
 /// The parser of a request's body where it stood between two bytes; see [`BodyParser::save`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct SavedParser {
     style: ApiStyle,
     reader: Box<Reader>,

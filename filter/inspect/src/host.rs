@@ -36,6 +36,11 @@ impl Direction {
 #[error("the proxy refused the call with status {0}")]
 pub struct HostError(pub u32);
 
+/// Whether the byte may stand in a token, such as a header's name (RFC 9110 section 5.6.2).
+pub(crate) fn is_tchar(byte: u8) -> bool {
+    matches!(byte, b'!' | b'#'..=b'\'' | b'*' | b'+' | b'-' | b'.' | b'0'..=b'9' | b'A'..=b'Z' | b'^'..=b'z' | b'|' | b'~')
+}
+
 /// The headers of a message as proxy-wasm serialises them: u32 count, then for each u32 size of name and value, then
 /// each name and value with a NUL behind it, all numbers little-endian (ABI 0.2.1, `proxy_get_header_map_pairs`).
 #[derive(Clone, Debug)]
@@ -156,6 +161,14 @@ mod tests {
     use super::*;
     use alloc::string::String;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_token_is_made_of_what_the_rfc_lists() {
+        for byte in 0..=u8::MAX {
+            let listed = byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+            assert_eq!(is_tchar(byte), listed, "{byte}");
+        }
+    }
 
     /// As the ABI says.
     fn serialised(pairs: &[(String, Vec<u8>)]) -> Vec<u8> {

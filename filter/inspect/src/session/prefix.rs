@@ -111,7 +111,7 @@ pub(super) struct Prefixes {
     rest: u32,
     off: bool,
     taken_up_bytes: u64,
-    /// Cloned by whoever does.
+    /// Each request that holds on to text has a clone, so that they are counted.
     holding: Hold,
 }
 
